@@ -1,0 +1,81 @@
+"""The KV cache: keys and values of every token seen so far, in memory allocated once.
+
+Decoding without a cache recomputes the whole prefix for every new token: T tokens cost O(T^2) layer passes. With the
+keys and values kept, a new token costs one. The price is memory that grows with the context, which is why MiniCPM4 keeps
+only 2 key-value heads for 32 query heads, and why a small device wants that memory in one block of known size: the cache is
+static, allocated at its full capacity, and a row that would overflow is refused instead of growing.
+
+Each row of the batch has its own length, so prompts of different lengths share a batch without padding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minicpm_ref.config import ModelConfig
+
+
+class KVCache:
+    """Static key-value cache for `batch_size` rows of up to `capacity` tokens.
+
+    `keys` and `values` are [L, B, G, S, D] with S = capacity; keys are stored after rotary embedding. `lengths` [B] (int64,
+    on the CPU) counts the valid tokens of each row; what lies beyond them is never read.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int = 1,
+        capacity: int = 1024,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        if batch_size < 1 or capacity < 1:
+            raise ValueError(f"KVCache(batch_size={batch_size}, capacity={capacity}): expected both at least 1")
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64)
+        self.capacity = capacity
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows, B."""
+        return self.keys.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the key and value storage."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def reserve(self, new_tokens: Tensor) -> None:
+        """Check that row b can take `new_tokens[b]` more tokens; raises ValueError naming the row otherwise."""
+        for row, (length, new) in enumerate(zip(self.lengths.tolist(), new_tokens.tolist(), strict=True)):
+            if length + new > self.capacity:
+                raise ValueError(f"KV cache row {row}: {length} + {new} tokens exceed its capacity of {self.capacity}")
+
+    def append(self, layer: int, row: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v [G, T, D] behind the valid tokens of one row and return all its keys and values [G, length + T, D].
+
+        `lengths` moves only when `advance` is called, after the last layer has written.
+        """
+        start = int(self.lengths[row])
+        stop = start + k.shape[1]
+        self.keys[layer, row, :, start:stop] = k
+        self.values[layer, row, :, start:stop] = v
+        return self.keys[layer, row, :, :stop], self.values[layer, row, :, :stop]
+
+    def advance(self, new_tokens: Tensor) -> None:
+        """Count `new_tokens` [B] as valid, once every layer has written them."""
+        self.lengths += new_tokens
+
+    def truncate(self, lengths: Tensor) -> None:
+        """Forget every token from `lengths[b]` on (rejected drafts, say). Raises ValueError when a row is shorter than that."""
+        if (lengths > self.lengths).any() or (lengths < 0).any():
+            raise ValueError(f"truncate to {lengths.tolist()}: the rows hold {self.lengths.tolist()} tokens")
+        self.lengths = lengths.to(self.lengths)
+
+    def reset(self) -> None:
+        """Forget every token; the memory stays."""
+        self.lengths.zero_()

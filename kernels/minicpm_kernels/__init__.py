@@ -1,0 +1,11 @@
+"""Fast twins of functions in `minicpm_ref`: same names, same signatures, written in Triton and numba.
+
+`minicpm_ref` derives and is the oracle; a module here is swapped in for one of its functions by
+`minicpm_ref.backend`, the one place that decides. Importing this package imports neither triton nor numba, so that it
+works where they are not installed; the submodules do.
+
+- `rms_norm`   RMSNorm, alone and fused with the residual add
+- `registry`   which kernel stands for which reference, and with which settings it must compile
+- `testing`    how a kernel is judged: poisoned outputs, guarded inputs, error relative to the reference
+- `aot`        ahead-of-time compilation for GPUs that are not here: shared memory, registers, spills, PTX
+"""

@@ -1,0 +1,58 @@
+"""Which kernel stands for which reference, and with which settings it must compile.
+
+The problem: a kernel without a reference cannot be judged, and one that nobody compiles for a GPU is only a Python
+program.
+The idea: one table. Tests, benchmarks and the ahead-of-time compiler walk `KERNELS`, and a test fails when a
+public function of this package is missing from it. The entries are strings, so reading the table imports neither
+triton nor numba nor the kernels.
+
+How each entry is proven: against its reference in Triton's interpreter on every row of the case table (numba: as
+compiled), and compiled ahead of time for every `CompileConfig` in its module's `COMPILE_CONFIGS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One fast function.
+
+    `name` is the function's name here, in the reference and in the case table; `module` holds the kernel, `reference`
+    is the module of the function that it must equal.
+    """
+
+    name: str
+    module: str
+    reference: str
+    language: Literal["triton", "numba"]
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """One way in which a jitted Triton function must compile.
+
+    kernel      the name of the public function that launches it (`Kernel.name`) function    the name of the jitted
+    function in that module label       short name of the configuration, unique for its function signature   argument
+    -> Triton type ("*bf16", "*fp32", "*i32", "i32", "fp32") for every argument that is not a constexpr constexprs
+    argument -> value num_warps, num_stages   as at launch spills      register spills (load and store instructions)
+    that are accepted; 0 unless the reason stands beside it
+    """
+
+    kernel: str
+    function: str
+    label: str
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, object] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 2
+    spills: int = 0
+
+
+KERNELS: tuple[Kernel, ...] = (
+    Kernel("rms_norm", "minicpm_kernels.rms_norm", "minicpm_ref.model", "triton"),
+    Kernel("add_rms_norm", "minicpm_kernels.rms_norm", "minicpm_ref.fused", "triton"),
+)

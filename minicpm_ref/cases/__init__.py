@@ -1,0 +1,44 @@
+"""Named test cases, one table a function: the rows that every implementation of that function must pass.
+
+The problem: a reference, its kernel, its notebook derivation and its benchmark drift apart when each invents its own
+inputs. The idea: the inputs live here, once. A row is a small frozen dataclass with a name and a `build(dtype,
+device)` that returns the positional arguments of the function, in the order of its signature, from a seeded
+generator. Whoever implements the function, in whatever language, runs `function(*case.build(...))` on every row of
+`TABLES["function"]` and compares.
+
+Standing rows, in every table where they make sense: length 1; one below, at and above the block a kernel works in; a
+prime; a ragged last block; batch above 1; for grouped heads the groups 1, 2, 4 and 16; for a top-k fewer blocks than
+k. They are where masks, strides and loop bounds go wrong.
+
+To add a component: write `cases/<component>.py` with its dataclass and its tables, and add the tables to `TABLES`
+below. Nothing here imports pytest: notebooks and benchmarks read the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from minicpm_ref.cases.norm import ADD_RMS_NORM, RMS_NORM, AddNormCase, NormCase
+
+
+class Case(Protocol):
+    """What a row of any table offers."""
+
+    @property
+    def name(self) -> str:
+        """Short and unique in its table; it becomes the test's id."""
+
+    def build(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[Any, ...]:
+        """The positional arguments of the function under test; the same values on every call, rounded to `dtype`."""
+
+
+# keyed by the function's name, which is the same in the notebook, the reference and the kernel
+TABLES: dict[str, Sequence[Case]] = {
+    "rms_norm": RMS_NORM,
+    "add_rms_norm": ADD_RMS_NORM,
+}
+
+__all__ = ["ADD_RMS_NORM", "RMS_NORM", "TABLES", "AddNormCase", "Case", "NormCase"]

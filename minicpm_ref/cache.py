@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from minicpm_ref.compressed_cache import CompressedKeyCache
 from minicpm_ref.config import ModelConfig
 
 
@@ -20,7 +21,8 @@ class KVCache:
     """Static key-value cache for `batch_size` rows of up to `capacity` tokens.
 
     `keys` and `values` are [L, B, G, S, D] with S = capacity; keys are stored after rotary embedding. `lengths` [B] (int64,
-    on the CPU) counts the valid tokens of each row; what lies beyond them is never read.
+    on the CPU) counts the valid tokens of each row; what lies beyond them is never read. `compressed` holds
+    the pooled keys that sparse attention scores, or None when attention stays dense at this capacity.
     """
 
     def __init__(
@@ -38,6 +40,9 @@ class KVCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
         self.capacity = capacity
+        self.compressed: CompressedKeyCache | None = None
+        if config.sparse_config is not None and capacity >= config.sparse_config.dense_len:
+            self.compressed = CompressedKeyCache(config, batch_size, capacity, device, dtype)
 
     @property
     def batch_size(self) -> int:
@@ -64,6 +69,8 @@ class KVCache:
         stop = start + k.shape[1]
         self.keys[layer, row, :, start:stop] = k
         self.values[layer, row, :, start:stop] = v
+        if self.compressed is not None:
+            self.compressed.truncate(row, start, layer)
         return self.keys[layer, row, :, :stop], self.values[layer, row, :, :stop]
 
     def advance(self, new_tokens: Tensor) -> None:

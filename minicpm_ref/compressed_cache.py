@@ -65,8 +65,7 @@ class CompressedKeyCache:
     def update(self, layer: int, row: int, keys: Tensor) -> CompressedKeys:
         """Pool what is new in `keys` [G, S, D], all the cached keys of one row; return its (fine, coarse) [1, G, ., D].
 
-        Raises ValueError when the row has shrunk since the last call: then keys that were pooled may have been
-        overwritten, and only `truncate` can tell from where on.
+        Raises ValueError when the row has shrunk since the last call without a `truncate`.
         """
         old, new = int(self.pooled[layer, row]), keys.shape[1]
         if not old <= new <= self.capacity:
@@ -82,10 +81,9 @@ class CompressedKeyCache:
         self.pooled[layer, row] = new
         return CompressedKeys(*found)
 
-    def truncate(self, lengths: Tensor) -> None:
-        """Forget what depends on tokens from `lengths` [B] on: rejected drafts, or all of a row that was rewritten."""
-        self.pooled = torch.minimum(self.pooled, lengths.to(self.pooled))
+    def truncate(self, row: int, length: int, layer: int | None = None) -> None:
+        """Forget what depends on the row's tokens from `length` on, in one layer or (None) in all of them.
 
-    def reset(self) -> None:
-        """Forget everything; the memory stays."""
-        self.pooled.zero_()
+        Whoever writes into cached keys must call this with the first token that changes; `KVCache.append` does.
+        """
+        self.pooled[slice(None) if layer is None else layer, row].clamp_(max=length)

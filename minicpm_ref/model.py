@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from minicpm_ref.cache import KVCache
 from minicpm_ref.config import ModelConfig
+from minicpm_ref.sparse_attention import select_blocks, sparse_attention
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -123,7 +124,13 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; `layer` is its index, which is also its place in the cache."""
+    """Grouped-query attention with rotary positions; `layer` is its index, which is also its place in the cache.
+
+    With a `sparse_config`, a call whose sequence has n tokens so far is dense while n < `dense_len` and block-sparse
+    (`sparse_attention`) otherwise; -1 means always sparse. The switch looks at the length alone: one prefill of n >=
+    `dense_len` tokens is sparse for all of them, while the same tokens fed in pieces are dense up to `dense_len`.
+    With -1, or when the first piece reaches `dense_len`, feeding in pieces selects the same blocks as one prefill.
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -133,6 +140,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, kv_width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
         self.head_dim = config.head_dim
+        self.sparse = config.sparse_config
         self.layer = layer
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Sequence[Segment] | None, cache: KVCache | None) -> Tensor:
@@ -142,7 +150,7 @@ class Attention(nn.Module):
         )
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if segments is None:
-            out = causal_attention(q, k, v)
+            out = self._attend(q, k, v)
         else:
             out = torch.empty_like(q)
             for segment in segments:
@@ -150,8 +158,15 @@ class Attention(nn.Module):
                 keys, values = k[at], v[at]  # [G, T, D]
                 if cache is not None:
                     keys, values = cache.append(self.layer, segment.cache_row, keys, values)  # [G, S, D]
-                out[at] = causal_attention(q[at][None], keys[None], values[None])[0]
+                out[at] = self._attend(q[at][None], keys[None], values[None], cache, segment.cache_row)[0]
         return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None, row: int = 0) -> Tensor:
+        """`causal_attention`, dense or sparse; with `cache` (B = 1), k and v are what it holds for `row`."""
+        if self.sparse is None or k.shape[2] < self.sparse.dense_len:
+            return causal_attention(q, k, v)
+        pooled = None if cache is None or cache.compressed is None else cache.compressed.update(self.layer, row, k[0])
+        return sparse_attention(q, k, v, select_blocks(q, k, self.sparse, compressed=pooled), self.sparse)
 
 
 class SwiGLU(nn.Module):
@@ -318,6 +333,8 @@ class MiniCPM(nn.Module):
                 turn = rope_angles(self.config, positions, long) - rope_angles(self.config, positions, ~long)
                 keys = cache.keys[:, s.cache_row, :, : s.past]  # [L, G, S, D]
                 keys.copy_(apply_rope(keys, turn.cos(), turn.sin()))
+                if cache.compressed is not None:
+                    cache.compressed.truncate(s.cache_row, 0)
 
 
 def _new_tokens(segments: list[Segment], rows: int) -> Tensor:

@@ -55,7 +55,7 @@ def test_any_history_of_growing_and_taking_back(history):
     for step, seed in history:
         if step < 0:
             length = max(0, length + step)
-            cache.truncate(torch.tensor([0, length]))
+            cache.truncate(1, length)
             keys = torch.cat((keys[:, :length], random_keys(seed)[:, length:]), dim=1)
         else:
             length = min(CAPACITY, length + step)
@@ -90,7 +90,7 @@ def test_without_truncate_stale_windows_would_stay():
     cache.update(0, 0, random_keys(0)[:, :64])
     fine, _ = cache.update(0, 0, random_keys(1)[:, :64])
     assert not torch.equal(fine[0], compress_keys(random_keys(1)[:, :64], 8, 4))
-    cache.truncate(torch.tensor([0]))
+    cache.truncate(0, 0)
     assert_equals_whole(cache, 0, 0, random_keys(1)[:, :64])
 
 
@@ -103,14 +103,22 @@ def test_a_row_that_shrank_or_overflows_is_refused():
         cache.update(0, 0, random_keys()[:, :101])
 
 
-def test_reset_and_size():
+def test_truncate_reaches_one_layer_or_all():
+    cache = CompressedKeyCache(model_config(), batch_size=2, capacity=CAPACITY)
+    for layer in range(2):
+        for row in range(2):
+            cache.update(layer, row, random_keys()[:, :64])
+    cache.truncate(0, 50, layer=1)
+    assert cache.pooled.tolist() == [[64, 64], [50, 64]]
+    cache.truncate(0, 55)
+    assert cache.pooled.tolist() == [[55, 64], [50, 64]]
+
+
+def test_size():
     cache = CompressedKeyCache(model_config(), capacity=CAPACITY)
     assert cache.fine.shape == (2, 1, 2, 36, 8)
     assert cache.coarse.shape == (2, 1, 2, 8, 8)
     assert cache.nbytes == 4 * 2 * 2 * (36 + 8) * 8
-    cache.update(0, 0, random_keys(0))
-    cache.reset()
-    assert_equals_whole(cache, 0, 0, random_keys(1)[:, :40])
 
 
 def test_a_dense_model_has_none():

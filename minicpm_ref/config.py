@@ -62,6 +62,12 @@ class SparseConfig:
                 f"sparse_config.window_size = {self.window_size} is not a multiple of block_size = {self.block_size} "
                 "(a window holds whole blocks, at least one)"
             )
+        always = self.init_blocks + (1 if self.local_inclusive else 0)
+        if self.topk < always:
+            raise ValueError(
+                f"sparse_config.topk = {self.topk}: expected at least {always}; the first {self.init_blocks} blocks and the "
+                f"local window are always visible, and the budget of topk + window blocks must hold them"
+            )
         if self.use_nope:
             raise ValueError(
                 "sparse_config.use_nope = true: scoring keys before RoPE belongs to a later model family and is not "

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from minicpm_ref.cases.norm import ADD_RMS_NORM, RMS_NORM, AddNormCase, NormCase
+from minicpm_ref.cases.sparse import SELECT_BLOCKS, SPARSE_ATTENTION, SelectBlocksCase, SparseAttentionCase
 
 
 class Case(Protocol):
@@ -39,6 +40,19 @@ class Case(Protocol):
 TABLES: dict[str, Sequence[Case]] = {
     "rms_norm": RMS_NORM,
     "add_rms_norm": ADD_RMS_NORM,
+    "select_blocks": SELECT_BLOCKS,
+    "sparse_attention": SPARSE_ATTENTION,
 }
 
-__all__ = ["ADD_RMS_NORM", "RMS_NORM", "TABLES", "AddNormCase", "Case", "NormCase"]
+__all__ = [
+    "ADD_RMS_NORM",
+    "RMS_NORM",
+    "SELECT_BLOCKS",
+    "SPARSE_ATTENTION",
+    "TABLES",
+    "AddNormCase",
+    "Case",
+    "NormCase",
+    "SelectBlocksCase",
+    "SparseAttentionCase",
+]

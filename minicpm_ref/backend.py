@@ -1,0 +1,108 @@
+"""Which implementation runs: the one place that decides between torch, triton and numba, and says why.
+
+The problem: a fast kernel needs a package, a device, sometimes a CPU feature, and a program that probes for them in
+twenty places behaves in twenty ways. The idea: references and kernels have one name and one signature, so choosing is
+a table look-up, made here and reported by `describe` (the command `minicpm-ref info`).
+
+The rule: on a GPU the triton kernel, on a CPU the numba kernel, if the operation has one and its package is
+installed; otherwise torch, the reference. `MINICPM_BACKEND=torch`, `triton` or `numba` replaces the rule for every
+operation that has such an implementation.
+
+`minicpm_kernels` and with it triton and numba are imported when a kernel is first asked for, so that `import
+minicpm_ref` works where they are not installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+ENVIRONMENT = "MINICPM_BACKEND"
+BACKENDS = ("auto", "torch", "triton", "numba")
+NATIVE = {"cpu": "numba", "cuda": "triton"}  # device type -> what runs there; ROCm calls its devices cuda, too
+
+# operation -> backend -> module that holds the function of that name
+OPERATIONS: dict[str, dict[str, str]] = {
+    "ternary_matmul": {"torch": "minicpm_ref.ternary", "numba": "minicpm_kernels.ternary_cpu"},
+}
+
+
+class Choice(NamedTuple):
+    """One row of `describe`."""
+
+    operation: str
+    device: str
+    backend: str
+    reason: str
+
+
+def choose(operation: str, device: torch.device | str = "cpu") -> str:
+    """The backend ("torch", "triton" or "numba") that runs `operation` on `device`.
+
+    Raises ValueError for an unknown operation or a wrong MINICPM_BACKEND, RuntimeError when MINICPM_BACKEND names a
+    backend whose package is not installed.
+    """
+    return explain(operation, device).backend
+
+
+def kernel(operation: str, backend: str) -> Callable[..., Any]:
+    """The function that implements `operation` in `backend`, imported when first asked for."""
+    modules = _modules(operation)
+    if backend not in modules:
+        raise ValueError(f"{operation} has no {backend} implementation, only {', '.join(modules)}")
+    return _function(modules[backend], operation)
+
+
+def explain(operation: str, device: torch.device | str = "cpu") -> Choice:
+    """`choose` together with the reason."""
+    modules = _modules(operation)
+    kind = device.type if isinstance(device, torch.device) else device.split(":")[0]
+    wanted = os.environ.get(ENVIRONMENT, "auto").lower()
+    if wanted not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT}={wanted}: expected one of {', '.join(BACKENDS)}")
+    forced = wanted != "auto"
+    backend = wanted if forced else NATIVE.get(kind, "torch")
+    if backend not in modules:
+        return Choice(operation, kind, "torch", f"{operation} has no {backend} implementation")
+    if backend != "torch" and _version(backend) is None:
+        if forced:
+            raise RuntimeError(f"{ENVIRONMENT}={wanted}: {wanted} is not installed; pip install 'minicpm_ref[kernels]'")
+        return Choice(operation, kind, "torch", f"{backend} is not installed")
+    if forced:
+        return Choice(operation, kind, backend, f"{ENVIRONMENT}={wanted}")
+    if backend == "torch":
+        return Choice(operation, kind, backend, f"no kernels for {kind} devices")
+    return Choice(operation, kind, backend, f"{backend} {_version(backend)} on a {kind} device")
+
+
+def describe() -> list[Choice]:
+    """What would run on the devices of this machine, a row an operation and device."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return [explain(operation, device) for operation in OPERATIONS for device in devices]
+
+
+def _modules(operation: str) -> dict[str, str]:
+    if operation not in OPERATIONS:
+        raise ValueError(f"operation {operation!r}: expected one of {', '.join(OPERATIONS)}")
+    return OPERATIONS[operation]
+
+
+@functools.cache
+def _function(module: str, name: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+@functools.cache
+def _version(package: str) -> str | None:
+    """The installed version, or None; does not import the package."""
+    if importlib.util.find_spec(package) is None or importlib.util.find_spec("minicpm_kernels") is None:
+        return None
+    return importlib.metadata.version(package)

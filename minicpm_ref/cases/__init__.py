@@ -22,7 +22,16 @@ from typing import Any, Protocol
 import torch
 
 from minicpm_ref.cases.norm import ADD_RMS_NORM, RMS_NORM, AddNormCase, NormCase
-from minicpm_ref.cases.sparse import SELECT_BLOCKS, SPARSE_ATTENTION, SelectBlocksCase, SparseAttentionCase
+from minicpm_ref.cases.sparse import (
+    COMPRESS_KEYS,
+    PICK_BLOCKS,
+    SELECT_BLOCKS,
+    SPARSE_ATTENTION,
+    CompressKeysCase,
+    PickBlocksCase,
+    SelectBlocksCase,
+    SparseAttentionCase,
+)
 
 
 class Case(Protocol):
@@ -40,19 +49,26 @@ class Case(Protocol):
 TABLES: dict[str, Sequence[Case]] = {
     "rms_norm": RMS_NORM,
     "add_rms_norm": ADD_RMS_NORM,
+    "compress_keys": COMPRESS_KEYS,
+    "block_scores": SELECT_BLOCKS,
+    "pick_blocks": PICK_BLOCKS,
     "select_blocks": SELECT_BLOCKS,
     "sparse_attention": SPARSE_ATTENTION,
 }
 
 __all__ = [
     "ADD_RMS_NORM",
+    "COMPRESS_KEYS",
+    "PICK_BLOCKS",
     "RMS_NORM",
     "SELECT_BLOCKS",
     "SPARSE_ATTENTION",
     "TABLES",
     "AddNormCase",
     "Case",
+    "CompressKeysCase",
     "NormCase",
+    "PickBlocksCase",
     "SelectBlocksCase",
     "SparseAttentionCase",
 ]

@@ -1,5 +1,6 @@
 """Cases of block-sparse attention: the shapes that have broken kernels before, small enough for an interpreter.
 
+`compress_keys` and `pick_blocks`, the first and the last step of stage 1, have rows of their own.
 Stage 1 (`select_blocks`, and `block_scores` with the same arguments) and stage 2 (`sparse_attention`) share their
 rows; the lists that stage 2 is given are those the reference selects from the float32 inputs, the same for every
 dtype. Two more rows of stage 2 are given random lists, of any length down to none at all and without forced blocks.
@@ -90,6 +91,50 @@ class SparseAttentionCase(SelectBlocksCase):
         return torch.where(chosen == count, -1, chosen).to(torch.int32)
 
 
+@dataclass(frozen=True)
+class CompressKeysCase:
+    """One row: `compress_keys(k, kernel_size, stride)` with k [B, G, S, D]."""
+
+    name: str
+    keys: int
+    kernel_size: int = 8
+    stride: int = 4
+    batch: int = 1
+    kv_heads: int = 2
+    head_dim: int = 16
+    seed: int = 0
+
+    def build(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[Tensor, int, int]:
+        """(k, kernel_size, stride)."""
+        generator = torch.Generator().manual_seed(self.seed)
+        k = torch.randn(self.batch, self.kv_heads, self.keys, self.head_dim, generator=generator)
+        return k.to(device, dtype), self.kernel_size, self.stride
+
+
+@dataclass(frozen=True)
+class PickBlocksCase:
+    """One row: `pick_blocks(scores, positions, config)` with scores [B, G, T, N], positions [B, T].
+
+    Scores take 8 values only, so ties abound, and blocks of the future have scores too.
+    """
+
+    name: str
+    blocks: int
+    positions: tuple[tuple[int, ...], ...]
+    config: SparseConfig = SMALL
+    kv_heads: int = 2
+    seed: int = 0
+
+    def build(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor, SparseConfig]:
+        """(scores, positions, config); scores are exact in every dtype."""
+        positions = torch.tensor(self.positions)
+        generator = torch.Generator().manual_seed(self.seed)
+        scores = torch.randint(8, (len(positions), self.kv_heads, positions.shape[1], self.blocks), generator=generator)
+        return (scores / 8).to(device, dtype), positions.to(device), self.config
+
+
 def _prefill(name: str, tokens: int, **settings: Any) -> SelectBlocksCase:
     return SelectBlocksCase(name, tokens, tokens, **settings)
 
@@ -143,4 +188,29 @@ SPARSE_ATTENTION: tuple[SparseAttentionCase, ...] = (
     SparseAttentionCase(
         "random-lists-decode-batch", 1, 160, batch=3, query_start=(159, 0, 82), lengths=(160, 1, 83), random_lists=True
     ),
+)
+
+COMPRESS_KEYS: tuple[CompressKeysCase, ...] = (
+    CompressKeysCase("below-one-window", 7),
+    CompressKeysCase("one-window", 8),
+    CompressKeysCase("one-window-and-a-tail", 11),
+    CompressKeysCase("two-windows", 12),
+    CompressKeysCase("prime", 113, batch=2),
+    CompressKeysCase("side-by-side", 30, kernel_size=4),
+    CompressKeysCase("overlap-fourfold", 61, kernel_size=16),
+    CompressKeysCase("published-fine", 127, kernel_size=32, stride=16, head_dim=32),
+    CompressKeysCase("published-coarse", 200, kernel_size=128, stride=64, head_dim=32),
+)
+
+PICK_BLOCKS: tuple[PickBlocksCase, ...] = (
+    PickBlocksCase("first-token", 1, ((0,),)),
+    PickBlocksCase("around-a-block-edge", 12, ((95, 96, 97),)),
+    PickBlocksCase("fewer-blocks-than-budget", 4, ((5, 16, 63),)),
+    PickBlocksCase("budget-just-full", 12, ((79, 80),)),
+    PickBlocksCase("cache-longer-than-the-text", 37, ((300, 301, 302),)),
+    PickBlocksCase("batch-with-padding", 23, ((365, 366, 367), (100, -1, -1)), kv_heads=3),
+    PickBlocksCase("window-counts-own-block", 23, ((200, 367),), replace(SMALL, local_inclusive=False)),
+    PickBlocksCase("window-only", 23, ((200, 367),), replace(SMALL, topk=2)),
+    PickBlocksCase("no-initial-block", 23, ((200, 367),), replace(SMALL, init_blocks=0)),
+    PickBlocksCase("published", 150, ((9000, 9599),), PUBLISHED),
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minicpm_ref import sparse_attention as reference
-from minicpm_ref.cases.sparse import SELECT_BLOCKS, SelectBlocksCase
+from minicpm_ref.cases.sparse import COMPRESS_KEYS, PICK_BLOCKS, SELECT_BLOCKS, SelectBlocksCase
 from minicpm_ref.config import SparseConfig
 
 SMALL_CASES = [case for case in SELECT_BLOCKS if not case.big]
@@ -110,6 +110,27 @@ def check(module: ModuleType, case: SelectBlocksCase) -> None:
 @rows(SMALL_CASES)
 def test_equals_the_oracle(case):
     check(reference, case)
+
+
+@rows(COMPRESS_KEYS)
+def test_compressed_keys_equal_the_oracle(case):
+    k, size, stride = case.build(torch.float64)
+    got = reference.compress_keys(k, size, stride)
+    starts = [start for start in range(0, case.keys, stride) if start + size <= case.keys]
+    assert got.shape == (case.batch, case.kv_heads, len(starts), case.head_dim)
+    for j, start in enumerate(starts):
+        np.testing.assert_allclose(got[:, :, j], k.numpy()[:, :, start : start + size].mean(2), rtol=1e-12, atol=1e-13)
+
+
+@rows(PICK_BLOCKS)
+def test_picked_blocks_equal_the_oracle(case):
+    scores, positions, config = case.build()
+    blocks = reference.pick_blocks(scores, positions, config)
+    for b, row in enumerate(positions.tolist()):
+        for t, i in enumerate(row):
+            for g in range(case.kv_heads):
+                wanted = oracle_blocks(scores[b, g, t].tolist(), i, config)
+                assert blocks[b, g, t].tolist() == wanted + [-1] * (blocks.shape[-1] - len(wanted))
 
 
 @rows(BIG_CASES)

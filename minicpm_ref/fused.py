@@ -1,10 +1,11 @@
 """References of operations that kernels fuse: several steps of the decoder in one function.
 
-The problem: on a GPU an elementwise step costs what its bytes cost. RMSNorm after a residual add, written as two
-steps, moves 3 + 2 tensors of the size of the hidden state (read residual, read branch, write hidden; read hidden,
-write normed). Fused, the hidden state is normalised while it is still in registers: 2 read, 2 written, so at best 5 / 4 = 1.25 times faster.
-The idea: a fused kernel needs a reference with its own name and signature; it stands here,
-composed of the plain functions.
+The problem: on a GPU an elementwise step costs what its bytes cost. A residual add and then an RMSNorm, as two steps,
+move 3 + 2 tensors of the size of the hidden state (read residual, read branch, write hidden; read hidden, write
+normed). Fused, the hidden state is normalised while it is still in registers: 2 are read and 2 written, which is at
+best 5 / 4 = 1.25 times faster.
+The idea: a fused kernel needs a reference with its own name and signature; it stands here, composed of the plain
+functions.
 
 MiniCPM scales each residual branch by scale_depth / sqrt(layers) (muP; MiniCPM, arXiv 2404.06395), so the scale is
 part of the add.

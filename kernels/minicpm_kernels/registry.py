@@ -29,17 +29,21 @@ class Kernel:
     module: str
     reference: str
     language: Literal["triton", "numba"]
+    dtypes: tuple[str, ...] = ("float32", "float16")  # of the float arguments, in tests without a GPU
 
 
 @dataclass(frozen=True)
 class CompileConfig:
     """One way in which a jitted Triton function must compile.
 
-    kernel      the name of the public function that launches it (`Kernel.name`) function    the name of the jitted
-    function in that module label       short name of the configuration, unique for its function signature   argument
-    -> Triton type ("*bf16", "*fp32", "*i32", "i32", "fp32") for every argument that is not a constexpr constexprs
-    argument -> value num_warps, num_stages   as at launch spills      register spills (load and store instructions)
-    that are accepted; 0 unless the reason stands beside it
+    - kernel: the public function that launches it (`Kernel.name`)
+    - function: the jitted function in the same module
+    - label: short name of the configuration, unique for its function
+    - signature: argument -> Triton type ("*bf16", "*fp32", "*i32", "i32", "fp32"), for all that are not constexpr
+    - constexprs: argument -> value
+    - aligned: integer arguments that are multiples of 16 at launch; Triton compiles that case apart, with wide loads
+    - num_warps, num_stages: as at launch
+    - spills: register spills (instructions that store and reload) to accept; 0 unless a reason stands beside it
     """
 
     kernel: str
@@ -47,6 +51,7 @@ class CompileConfig:
     label: str
     signature: Mapping[str, str]
     constexprs: Mapping[str, object] = field(default_factory=dict)
+    aligned: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 2
     spills: int = 0

@@ -3,7 +3,7 @@
 The problem: y = x / sqrt(mean(x^2) + eps) * weight does about 4 FLOPs an element and moves 2 elements, so it is bound
 by bytes on any machine. Written as torch operations it moves the tensor five to ten times: square, mean, rsqrt, two
 products, casts.
-The idea: a row is short (C of 64 to 32768) and fits in the registers of one program. Load it once, reduce it there,
+The idea: a row is short (C of 64 to 16384) and fits in the registers of one program. Load it once, reduce it there,
 scale it, store it once: 2 * C * bytes a row, which is the floor.
 
 One program takes a tile [ROWS, BLOCK]: BLOCK is C padded to a power of two (Triton's tile sides are powers of two;
@@ -12,7 +12,8 @@ loads in flight.
 Sums are in float32 whatever the inputs: the squares of a float16 row overflow at 65504. The result is rounded once,
 from float32; the reference rounds before and after the product with the weight.
 
-Left out: rows wider than 32768 (they would spill; a second pass over the row is the cure), and the gradient.
+Left out: rows wider than 16384 numbers (they would need a second pass over the row), and the
+gradient.
 Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467, equation 4.
 """
 
@@ -25,7 +26,7 @@ import triton.language as tl
 from minicpm_kernels.checks import require_runnable, require_tensor
 from minicpm_kernels.registry import CompileConfig
 
-WIDEST = 32768
+WIDEST = 16384
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -74,13 +75,13 @@ def _tile(width: int) -> tuple[int, int, int]:
     """(ROWS, BLOCK, num_warps) for rows of `width` numbers: about 2048 numbers a program, at most 32 a thread."""
     block = triton.next_power_of_2(width)
     rows = max(1, min(32, 2048 // block))
-    return rows, block, max(4, min(32, block // 1024))
+    return rows, block, max(4, min(16, block // 512))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis; twin of `minicpm_ref.model.rms_norm`.
 
-    x [..., C] and weight [C], contiguous, of one dtype (float32, float16, bfloat16), on one GPU; C at most 32768.
+    x [..., C] and weight [C], contiguous, of one dtype (float32, float16, bfloat16), on one GPU; C at most 16384.
     Returns [..., C] in that dtype. Raises ValueError on anything else (bfloat16 in the interpreter included),
     RuntimeError when a gradient would be needed.
     """
@@ -127,9 +128,17 @@ def _validate(function: str, name: str, x: torch.Tensor, weight: torch.Tensor) -
 
 
 def _configs() -> tuple[CompileConfig, ...]:
-    """bf16 at the widths of MiniCPM4-0.5B and 8B, the narrowest and the widest row, and the other dtypes once."""
+    """bf16 at the widths of MiniCPM4-0.5B and 8B, a ragged, a narrow and the widest one; the other dtypes once."""
     configs = []
-    widths = ((64, "bf16"), (1024, "bf16"), (4096, "bf16"), (WIDEST, "bf16"), (4096, "fp16"), (4096, "fp32"))
+    widths = (
+        (64, "bf16"),
+        (1000, "bf16"),
+        (1024, "bf16"),
+        (4096, "bf16"),
+        (WIDEST, "bf16"),
+        (4096, "fp16"),
+        (WIDEST, "fp32"),
+    )
     for width, dtype in widths:
         rows, block, warps = _tile(width)
         constexprs = {"ROWS": rows, "BLOCK": block}
@@ -137,9 +146,10 @@ def _configs() -> tuple[CompileConfig, ...]:
         norm = dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), pointer) | numbers
         add = dict.fromkeys(("residual_ptr", "branch_ptr", "weight_ptr", "hidden_ptr", "out_ptr"), pointer)
         add |= numbers | {"scale": "fp32"}
+        aligned = ("C",) if width % 16 == 0 else ()
         label = f"C{width}-{dtype}"
-        configs.append(CompileConfig("rms_norm", "_rms_norm", label, norm, constexprs, warps))
-        configs.append(CompileConfig("add_rms_norm", "_add_rms_norm", label, add, constexprs, warps))
+        configs.append(CompileConfig("rms_norm", "_rms_norm", label, norm, constexprs, aligned, warps))
+        configs.append(CompileConfig("add_rms_norm", "_add_rms_norm", label, add, constexprs, aligned, warps))
     return tuple(configs)
 
 

@@ -43,7 +43,7 @@ class Bound:
 
 
 def default_bound(dtype: torch.dtype) -> Bound:
-    """The bound for a result computed in float32 and rounded to `dtype` once or twice; derived in the module docstring."""
+    """The bound for a result computed in float32 and rounded to `dtype` once or twice; see the module docstring."""
     eps = torch.finfo(dtype).eps
     if dtype in (torch.float32, torch.float64):
         eps = torch.finfo(torch.float32).eps  # a float64 result may have gone through float32 arithmetic

@@ -21,6 +21,14 @@ from typing import Any, Protocol
 
 import torch
 
+from minicpm_ref.cases.decoder import (
+    APPLY_ROPE,
+    CAUSAL_ATTENTION,
+    ROPE_FREQUENCIES,
+    ApplyRopeCase,
+    CausalAttentionCase,
+    RopeFrequenciesCase,
+)
 from minicpm_ref.cases.norm import ADD_RMS_NORM, RMS_NORM, AddNormCase, NormCase
 from minicpm_ref.cases.sparse import (
     COMPRESS_KEYS,
@@ -49,6 +57,9 @@ class Case(Protocol):
 TABLES: dict[str, Sequence[Case]] = {
     "rms_norm": RMS_NORM,
     "add_rms_norm": ADD_RMS_NORM,
+    "rope_frequencies": ROPE_FREQUENCIES,
+    "apply_rope": APPLY_ROPE,
+    "causal_attention": CAUSAL_ATTENTION,
     "compress_keys": COMPRESS_KEYS,
     "block_scores": SELECT_BLOCKS,
     "pick_blocks": PICK_BLOCKS,
@@ -58,17 +69,23 @@ TABLES: dict[str, Sequence[Case]] = {
 
 __all__ = [
     "ADD_RMS_NORM",
+    "APPLY_ROPE",
+    "CAUSAL_ATTENTION",
     "COMPRESS_KEYS",
     "PICK_BLOCKS",
     "RMS_NORM",
+    "ROPE_FREQUENCIES",
     "SELECT_BLOCKS",
     "SPARSE_ATTENTION",
     "TABLES",
     "AddNormCase",
+    "ApplyRopeCase",
     "Case",
+    "CausalAttentionCase",
     "CompressKeysCase",
     "NormCase",
     "PickBlocksCase",
+    "RopeFrequenciesCase",
     "SelectBlocksCase",
     "SparseAttentionCase",
 ]

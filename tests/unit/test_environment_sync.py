@@ -28,8 +28,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 OURS = {"minicpm_ref", "minicpm_kernels"}
-# Import names that differ from the distribution's name.
-DISTRIBUTION = {"yaml": "pyyaml", "_pytest": "pytest", "IPython": "ipykernel"}
+# Import names whose distribution has another name, or that one of our requirements always brings in the version it needs.
+DISTRIBUTION = {"yaml": "pyyaml", "llvmlite": "numba", "IPython": "ipykernel"}
 
 
 def constraints() -> dict[str, str]:

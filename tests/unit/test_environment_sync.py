@@ -28,7 +28,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 OURS = {"minicpm_ref", "minicpm_kernels"}
-# Import names whose distribution has another name, or that one of our requirements always brings in the version it needs.
+# Import name -> the requirement that brings it, where the two differ.
 DISTRIBUTION = {"yaml": "pyyaml", "llvmlite": "numba", "IPython": "ipykernel"}
 
 

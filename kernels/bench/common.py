@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from minicpm_kernels import testing
 
 ROOT = Path(__file__).resolve().parents[2]

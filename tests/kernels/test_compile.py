@@ -13,6 +13,7 @@ import inspect
 from typing import Any
 
 import pytest
+
 from minicpm_kernels.registry import KERNELS, CompileConfig, Kernel
 
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")

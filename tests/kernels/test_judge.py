@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from minicpm_kernels.testing import (
     Bound,
     assert_close,

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from minicpm_kernels.registry import KERNELS, Kernel
 from minicpm_kernels.testing import check_kernel
-
 from minicpm_ref.cases import TABLES, Case
 
 

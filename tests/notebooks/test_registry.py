@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from minicpm_kernels.registry import KERNELS, Kernel
 
+from minicpm_kernels.registry import KERNELS, Kernel
 from minicpm_ref.cases import TABLES
 
 from .tools import NOTEBOOKS, ROOT, code_cells, definitions, package_function, public_functions

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 import torch
-from minicpm_kernels import testing
 
+from minicpm_kernels import testing
 from minicpm_ref.cases import TABLES
 
 from .tools import NOTEBOOKS, Cell, code_cells, definitions, package_function, run_source

@@ -30,7 +30,8 @@ NATIVE = {"cpu": "numba", "cuda": "triton"}  # device type -> what runs there; R
 
 # operation -> backend -> module that holds the function of that name
 OPERATIONS: dict[str, dict[str, str]] = {
-    "ternary_matmul": {"torch": "minicpm_ref.ternary", "numba": "minicpm_kernels.ternary_cpu"},
+    "ternary_matmul": {"torch": "minicpm_ref.ternary"},
+    "ternary_matmul_int8": {"torch": "minicpm_ref.ternary", "numba": "minicpm_kernels.ternary_cpu"},
 }
 
 
@@ -85,13 +86,21 @@ def explain(operation: str, device: torch.device | str = "cpu") -> Choice:
 def describe() -> list[Choice]:
     """What would run on the devices of this machine, a row an operation and device."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return [explain(operation, device) for operation in OPERATIONS for device in devices]
+    rows = [explain(operation, device) for operation in OPERATIONS for device in devices]
+    return [row._replace(reason=row.reason + _instruction_set(row)) for row in rows]
 
 
 def _modules(operation: str) -> dict[str, str]:
     if operation not in OPERATIONS:
         raise ValueError(f"operation {operation!r}: expected one of {', '.join(OPERATIONS)}")
     return OPERATIONS[operation]
+
+
+def _instruction_set(row: Choice) -> str:
+    """What a numba kernel found this CPU to be capable of."""
+    if row.backend != "numba":
+        return ""
+    return f", {importlib.import_module(OPERATIONS[row.operation]['numba']).INSTRUCTION_SET}"
 
 
 @functools.cache

@@ -1,9 +1,9 @@
 """The KV cache: keys and values of every token seen so far, in memory allocated once.
 
 Decoding without a cache recomputes the whole prefix for every new token: T tokens cost O(T^2) layer passes. With the
-keys and values kept, a new token costs one. The price is memory that grows with the context, which is why MiniCPM4 keeps
-only 2 key-value heads for 32 query heads, and why a small device wants that memory in one block of known size: the cache is
-static, allocated at its full capacity, and a row that would overflow is refused instead of growing.
+keys and values kept, a new token costs one. The price is memory that grows with the context, which is why MiniCPM4
+keeps only 2 key-value heads for 32 query heads, and why a small device wants that memory in one block of known size:
+the cache is static, allocated at its full capacity, and a row that would overflow is refused instead of growing.
 
 Each row of the batch has its own length, so prompts of different lengths share a batch without padding.
 """
@@ -20,8 +20,8 @@ from minicpm_ref.config import ModelConfig
 class KVCache:
     """Static key-value cache for `batch_size` rows of up to `capacity` tokens.
 
-    `keys` and `values` are [L, B, G, S, D] with S = capacity; keys are stored after rotary embedding. `lengths` [B] (int64,
-    on the CPU) counts the valid tokens of each row; what lies beyond them is never read. `compressed` holds
+    `keys` and `values` are [L, B, G, S, D] with S = capacity; keys are stored after rotary embedding. `lengths` [B]
+    (int64, on the CPU) counts the valid tokens of each row; what lies beyond them is never read. `compressed` holds
     the pooled keys that sparse attention scores, or None when attention stays dense at this capacity.
     """
 
@@ -61,7 +61,8 @@ class KVCache:
                 raise ValueError(f"KV cache row {row}: {length} + {new} tokens exceed its capacity of {self.capacity}")
 
     def append(self, layer: int, row: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v [G, T, D] behind the valid tokens of one row and return all its keys and values [G, length + T, D].
+        """Write k, v [G, T, D] behind the valid tokens of one row and return all its keys and values [G, length + T,
+        D].
 
         `lengths` moves only when `advance` is called, after the last layer has written.
         """
@@ -78,7 +79,8 @@ class KVCache:
         self.lengths += new_tokens
 
     def truncate(self, lengths: Tensor) -> None:
-        """Forget every token from `lengths[b]` on (rejected drafts, say). Raises ValueError when a row is shorter than that."""
+        """Forget every token from `lengths[b]` on (rejected drafts, say). Raises ValueError when a row is shorter than
+        that."""
         if (lengths > self.lengths).any() or (lengths < 0).any():
             raise ValueError(f"truncate to {lengths.tolist()}: the rows hold {self.lengths.tolist()} tokens")
         self.lengths = lengths.to(self.lengths)

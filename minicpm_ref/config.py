@@ -1,10 +1,11 @@
 """Configurations: what a published `config.json` says, and the arithmetic that follows from it.
 
 A decoder is fixed by about a dozen integers. From them follow, exactly and before any weight is loaded, the number of
-parameters, the floating-point operations a token costs, and the bytes its keys and values occupy. The memory-bound limit
-of a device is then one division, so a speed can be predicted before it is measured.
+parameters, the floating-point operations a token costs, and the bytes its keys and values occupy. The memory-bound
+limit of a device is then one division, so a speed can be predicted before it is measured.
 
-Sources: the MiniCPM4 technical report (arXiv 2506.07900) and the `config.json` files published with MiniCPM4 and MiniCPM4.1.
+Sources: the MiniCPM4 technical report (arXiv 2506.07900) and the `config.json` files published with MiniCPM4 and
+MiniCPM4.1.
 """
 
 from __future__ import annotations
@@ -51,11 +52,13 @@ class SparseConfig:
             raise ValueError(f"sparse_config.dense_len = {self.dense_len}: expected -1 (always sparse) or a length")
         if self.kernel_size % self.kernel_stride:
             raise ValueError(
-                f"sparse_config.kernel_size = {self.kernel_size} is not a multiple of kernel_stride = {self.kernel_stride}"
+                f"sparse_config.kernel_size = {self.kernel_size} is not a multiple of "
+                f"kernel_stride = {self.kernel_stride}"
             )
         if self.block_size % self.kernel_stride:
             raise ValueError(
-                f"sparse_config.block_size = {self.block_size} is not a multiple of kernel_stride = {self.kernel_stride}"
+                f"sparse_config.block_size = {self.block_size} is not a multiple of kernel_stride = "
+                f"{self.kernel_stride}"
             )
         if self.window_size % self.block_size:
             raise ValueError(
@@ -65,8 +68,8 @@ class SparseConfig:
         always = self.init_blocks + (1 if self.local_inclusive else 0)
         if self.topk < always:
             raise ValueError(
-                f"sparse_config.topk = {self.topk}: expected at least {always}; the first {self.init_blocks} blocks and the "
-                f"local window are always visible, and the budget of topk + window blocks must hold them"
+                f"sparse_config.topk = {self.topk}: expected at least {always}; the first {self.init_blocks} blocks "
+                "and the local window are always visible, and the budget of topk + window blocks must hold them"
             )
         if self.use_nope:
             raise ValueError(
@@ -87,7 +90,8 @@ class SparseConfig:
 
 @dataclass(frozen=True)
 class LongRope:
-    """LongRoPE's per-frequency divisors, one list for short sequences and one for long ones; each holds head_dim / 2 numbers."""
+    """LongRoPE's per-frequency divisors, one list for short sequences and one for long ones; each holds head_dim / 2
+    numbers."""
 
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
@@ -134,18 +138,24 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size = {self.hidden_size} is not a multiple of num_attention_heads = {self.num_attention_heads}")
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} is not a multiple of num_attention_heads = "
+                f"{self.num_attention_heads}"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim}: rotary embedding rotates pairs, expected an even number")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads = {self.num_attention_heads} is not a multiple of num_key_value_heads = {self.num_key_value_heads}"
+                f"num_attention_heads = {self.num_attention_heads} is not a multiple of num_key_value_heads = "
+                f"{self.num_key_value_heads}"
             )
         if self.rope_scaling is not None:
             for name in ("short_factor", "long_factor"):
                 found = len(getattr(self.rope_scaling, name))
                 if found != self.head_dim // 2:
-                    raise ValueError(f"rope_scaling.{name} holds {found} numbers: expected head_dim / 2 = {self.head_dim // 2}")
+                    raise ValueError(
+                        f"rope_scaling.{name} holds {found} numbers: expected head_dim / 2 = {self.head_dim // 2}"
+                    )
 
     # ---- sizes -------------------------------------------------------------------------------------------------------
 
@@ -190,7 +200,8 @@ class ModelConfig:
         return body + (tables if embeddings else 0)
 
     def flops_per_token(self, context_length: int) -> int:
-        """Forward floating-point operations of one token that attends to `context_length` tokens (multiply and add count as two).
+        """Forward floating-point operations of one token that attends to `context_length` tokens (multiply and add
+        count as two).
 
         Matrix products only: 2 a weight of every layer and of the output matrix, and 4 * H * D * context for attention.
         """
@@ -203,12 +214,17 @@ class ModelConfig:
         return int(2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * bytes_per_element)
 
     def decode_bytes(self, context_length: int, bytes_per_weight: float = 2, bytes_per_element: float = 2) -> float:
-        """Bytes that one decode step at batch 1 must read: every weight but the embedding table, and the KV cache.
+        """Bytes that one decode step at batch 1 must read: the layers, the output matrix, and the KV cache.
 
-        Divided by a device's bandwidth in bytes/s, this is the shortest time a token can take.
+        `bytes_per_weight` is that of the layers, which is what quantization shrinks; the output matrix stays at 2.
+        Divided by a device's bandwidth in bytes/s, the result is the shortest time a token can take.
         """
-        read = self.num_parameters() - (0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size)
-        return read * bytes_per_weight + context_length * self.kv_bytes_per_token(bytes_per_element)
+        layers = self.num_parameters(embeddings=False) * bytes_per_weight
+        return (
+            layers
+            + self.vocab_size * self.hidden_size * 2
+            + context_length * self.kv_bytes_per_token(bytes_per_element)
+        )
 
     # ---- config.json -------------------------------------------------------------------------------------------------
 
@@ -220,7 +236,9 @@ class ModelConfig:
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
         values = {name: published[name] for name in fields if published.get(name) is not None}
-        missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values]
+        missing = [
+            name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values
+        ]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
         if published.get("hidden_act", "silu") != "silu":

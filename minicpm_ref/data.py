@@ -1,14 +1,15 @@
 """The corpus: Python source that is already on the machine, and the yardstick that goes with it.
 
-Real weights need real text, and a project that must train offline cannot download any. But whoever runs Python has its standard
-library, and usually numpy, torch, sympy or networkx beside it: some hundred megabytes of edited, licensed, structured text.
+Real weights need real text, and a project that must train offline cannot download any. But whoever runs Python has its
+standard library, and usually numpy, torch, sympy or networkx beside it: some hundred megabytes of edited, licensed,
+structured text.
 
-Files are deduplicated by content, and split into train and held-out *by file*, by a hash of the path alone: the same file is
-held out on every machine and for every Python version, so no version of a held-out file is ever trained on. The manifest lists
-each file with its hash, split and licence; the hash of the manifest names the corpus.
+Files are deduplicated by content, and split into train and held-out *by file*, by a hash of the path alone: the same
+file is held out on every machine and for every Python version, so no version of a held-out file is ever trained on. The
+manifest lists each file with its hash, split and licence; the hash of the manifest names the corpus.
 
-Loss is reported in bits per byte: the negative log2-likelihood of a text divided by its length in UTF-8 bytes. Unlike loss per
-token it does not depend on the vocabulary, so models with different tokenizers can be compared.
+Loss is reported in bits per byte: the negative log2-likelihood of a text divided by its length in UTF-8 bytes. Unlike
+loss per token it does not depend on the vocabulary, so models with different tokenizers can be compared.
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ from minicpm_ref.files import replacing, write_text
 from minicpm_ref.model import MiniCPM
 from minicpm_ref.tokenizer import Tokenizer
 
-LICENCES = {"stdlib": "PSF-2.0", "numpy": "BSD-3-Clause", "torch": "BSD-3-Clause", "sympy": "BSD-3-Clause", "networkx": "BSD-3-Clause"}
+LICENCES = {
+    "stdlib": "PSF-2.0",
+    "numpy": "BSD-3-Clause",
+    "torch": "BSD-3-Clause",
+    "sympy": "BSD-3-Clause",
+    "networkx": "BSD-3-Clause",
+}
 LARGEST_FILE = 200_000  # bytes; larger .py files are generated tables, not programs
 BPE_SAMPLE = 24_000_000  # characters of training text that the vocabulary is learned from
 
@@ -67,10 +74,13 @@ def find_roots() -> dict[str, Path]:
 
 
 def read_documents(group: str, root: Path) -> Iterator[Document]:
-    """Every non-empty UTF-8 `.py` file below `root`, in path order; installed packages inside the standard library are skipped."""
+    """Every non-empty UTF-8 `.py` file below `root`, in path order; installed packages inside the standard library are
+    skipped."""
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if {"site-packages", "dist-packages", "__pycache__"} & set(relative.parts) or path.stat().st_size > LARGEST_FILE:
+        if {"site-packages", "dist-packages", "__pycache__"} & set(
+            relative.parts
+        ) or path.stat().st_size > LARGEST_FILE:
             continue
         try:
             text = path.read_text("utf-8")
@@ -89,8 +99,8 @@ def build_corpus(
 ) -> Corpus:
     """Collect, deduplicate, split and tokenize the sources into `folder`; returns the opened corpus.
 
-    Writes `manifest.json`, `tokenizer.json` (learned here unless given), `train.bin` (uint16 ids, every document between `<s>` and
-    `</s>`) and `held_out.jsonl`. `report` receives a line of progress per stage.
+    Writes `manifest.json`, `tokenizer.json` (learned here unless given), `train.bin` (uint16 ids, every document
+    between `<s>` and `</s>`) and `held_out.jsonl`. `report` receives a line of progress per stage.
     """
     folder = Path(folder)
     documents: list[Document] = []
@@ -104,7 +114,9 @@ def build_corpus(
             seen.add(digest)
             documents.append(document)
             split = "held_out" if document.held_out else "train"
-            files.append({"group": group, "path": document.path, "sha256": digest, "bytes": document.nbytes, "split": split})
+            files.append(
+                {"group": group, "path": document.path, "sha256": digest, "bytes": document.nbytes, "split": split}
+            )
     train = [document for document in documents if not document.held_out]
     held_out = [document for document in documents if document.held_out]
     if not train:
@@ -116,7 +128,10 @@ def build_corpus(
     tokenizer.save(folder / "tokenizer.json")
     report("encoding")
     tokens = _write_tokens(folder / "train.bin", train, tokenizer)
-    write_text(folder / "held_out.jsonl", "".join(json.dumps(vars(document), ensure_ascii=False) + "\n" for document in held_out))
+    write_text(
+        folder / "held_out.jsonl",
+        "".join(json.dumps(vars(document), ensure_ascii=False) + "\n" for document in held_out),
+    )
     sizes: Counter[str] = Counter()
     for file in files:
         sizes[f"{file['group']}/{file['split']}"] += int(file["bytes"])
@@ -153,6 +168,22 @@ def read_held_out(path: str | Path) -> list[Document]:
     return [Document(**json.loads(line)) for line in Path(path).read_text("utf-8").splitlines() if line]
 
 
+def small_sample(documents: Sequence[Document], nbytes: int, largest: int = 16_000) -> list[Document]:
+    """Documents of 2 kB to `largest` bytes from each group in turn, about `nbytes` in all.
+
+    Every group is heard, whatever its size. The order within a group is that of a hash of the path, which is as good as
+    random.
+    """
+    queues: dict[str, list[Document]] = {}
+    for document in sorted(documents, key=lambda d: hashlib.sha256(d.path.encode()).digest()):
+        if 2000 <= document.nbytes <= largest:
+            queues.setdefault(document.group, []).append(document)
+    chosen: list[Document] = []
+    while any(queues.values()) and sum(document.nbytes for document in chosen) < nbytes:
+        chosen += [queue.pop(0) for _, queue in sorted(queues.items()) if queue]
+    return chosen
+
+
 class Corpus:
     """A built corpus folder: a tokenizer, training tokens and held-out documents."""
 
@@ -167,19 +198,26 @@ class Corpus:
         self.tokens = np.memmap(self.folder / "train.bin", dtype="<u2", mode="r")
         self.held_out = read_held_out(self.folder / "held_out.jsonl")
         if len(self.tokens) != self.manifest["train_tokens"]:
-            raise ValueError(f"{self.folder / 'train.bin'} holds {len(self.tokens)} tokens: manifest.json says {self.manifest['train_tokens']}")
+            raise ValueError(
+                f"{self.folder / 'train.bin'} holds {len(self.tokens)} tokens: "
+                f"manifest.json says {self.manifest['train_tokens']}"
+            )
 
-    def batch(self, step: int, rows: int, context: int, seed: int = 0, part: int = 0, parts: int = 1) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, step: int, rows: int, context: int, seed: int = 0, part: int = 0, parts: int = 1
+    ) -> tuple[Tensor, Tensor]:
         """Inputs and targets [rows / parts, context] (int64) of a training step.
 
-        A pure function of (seed, step), so that a resumed run sees what an uninterrupted one would have seen; process `part` of
-        `parts` gets its share of the rows. Raises ValueError when the rows cannot be shared evenly.
+        A pure function of (seed, step), so that a resumed run sees what an uninterrupted one would have seen; process
+        `part` of `parts` gets its share of the rows. Raises ValueError when the rows cannot be shared evenly.
         """
         if rows % parts:
             raise ValueError(f"{rows} rows a step cannot be shared by {parts} processes")
         starts = np.random.default_rng((seed, step)).integers(0, len(self.tokens) - context - 1, rows)
         mine = starts[part * rows // parts : (part + 1) * rows // parts]
-        windows = torch.from_numpy(np.stack([self.tokens[start : start + context + 1] for start in mine]).astype(np.int64))
+        windows = torch.from_numpy(
+            np.stack([self.tokens[start : start + context + 1] for start in mine]).astype(np.int64)
+        )
         return windows[:, :-1], windows[:, 1:]
 
 
@@ -189,13 +227,14 @@ def bits_per_byte(
 ) -> float:
     """Held-out loss of `texts` in bits per UTF-8 byte.
 
-    Each text starts behind `<s>` and is cut into windows of `context` tokens, each predicted from its own beginning, so every
-    token is counted once; a longer window gives a lower, equally valid number. Raises ValueError when there is no text.
+    Each text starts behind `<s>` and is cut into windows of `context` tokens, each predicted from its own beginning, so
+    every token is counted once; a longer window gives a lower, equally valid number. Raises ValueError when there is no
+    text.
     """
     windows: list[list[int]] = []
-    for ids in tokenizer.encode_batch(texts):
-        ids = [tokenizer.bos_id, *ids]
-        windows += [ids[start : start + context + 1] for start in range(0, len(ids) - 1, context)]
+    for text_ids in tokenizer.encode_batch(texts):
+        line = [tokenizer.bos_id, *text_ids]
+        windows += [line[start : start + context + 1] for start in range(0, len(line) - 1, context)]
     if not windows:
         raise ValueError("no text to measure: every text given is empty")
     windows.sort(key=len, reverse=True)
@@ -208,5 +247,7 @@ def bits_per_byte(
             ids[row, : len(window)] = torch.tensor(window)
         ids = ids.to(model.device)
         logits = model(ids[:, :-1].clamp(min=0))  # what stands right of a window's end cannot be seen by it
-        nats += F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-100, reduction="sum").item()
+        nats += F.cross_entropy(
+            logits.float().flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+        ).item()
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)

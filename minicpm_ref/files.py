@@ -16,6 +16,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        temporary.chmod(0o644)  # some writers create private files
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,17 +1,17 @@
 """The MiniCPM4 decoder in plain PyTorch, with the published tensor names.
 
-A pre-norm decoder like Llama's (RMSNorm, rotary positions, grouped-query attention, SwiGLU, no bias anywhere) plus the three
-muP multipliers that make it MiniCPM:
+A pre-norm decoder like Llama's (RMSNorm, rotary positions, grouped-query attention, SwiGLU, no bias anywhere) plus the
+three muP multipliers that make it MiniCPM:
 
 1. the embedding is multiplied by `scale_emb`,
 2. each residual branch by `scale_depth / sqrt(num_hidden_layers)`,
 3. the last hidden state is divided by `hidden_size / dim_model_base` before the output matrix.
 
-They keep activations and updates at the same size as the model grows, so that a learning rate found on a tiny model holds for
-a large one (the "wind tunnel" of the MiniCPM reports).
+They keep activations and updates at the same size as the model grows, so that a learning rate found on a tiny model
+holds for a large one (the "wind tunnel" of the MiniCPM reports).
 
-Tensor letters: B batch, T tokens, H query heads, G key-value heads, D head dim, C hidden width, V vocabulary, S cached tokens.
-Sources: MiniCPM4 technical report (arXiv 2506.07900); MiniCPM (arXiv 2404.06395) section 3 for the multipliers.
+Tensor letters: B batch, T tokens, H query heads, G key-value heads, D head dim, C hidden width, V vocabulary, S cached
+tokens. Sources: MiniCPM4 technical report (arXiv 2506.07900); MiniCPM (arXiv 2404.06395) section 3 for the multipliers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,8 @@ def rope_attention_factor(config: ModelConfig) -> float:
 
 
 def rope_angles(config: ModelConfig, positions: Tensor, long: Tensor) -> Tensor:
-    """Rotation angles [..., T, D/2] in float32 of `positions` [..., T]; `long` (bool, broadcastable) picks LongRoPE's list."""
+    """Rotation angles [..., T, D/2] in float32 of `positions` [..., T]; `long` (bool, broadcastable) picks LongRoPE's
+    list."""
     positions = positions.unsqueeze(-1).float()
     short_angles = positions * rope_frequencies(config, False, positions.device)
     if config.rope_scaling is None:
@@ -84,8 +86,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of the last T of S tokens over all S, causal, with grouped key-value heads.
 
-    q [B, H, T, D], k and v [B, G, S, D] with H a multiple of G and S >= T; query head h reads key-value head h // (H / G).
-    Returns [B, H, T, D]. Scale 1/sqrt(D); `scaled_dot_product_attention` keeps the softmax in float32.
+    q [B, H, T, D], k and v [B, G, S, D] with H a multiple of G and S >= T; query head h reads key-value
+    head h // (H / G). Returns [B, H, T, D]. Scale 1/sqrt(D); `scaled_dot_product_attention` keeps the softmax in
+    float32.
     """
     new_tokens, total = q.shape[2], k.shape[2]
     mask = None
@@ -96,7 +99,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Segment:
-    """One sequence inside a batch: tokens [start, stop) of input row `row`, which follow `past` tokens of row `cache_row` in the cache."""
+    """One sequence inside a batch: tokens [start, stop) of input row `row`, which follow `past` tokens of row
+    `cache_row` in the cache."""
 
     row: int
     start: int
@@ -143,10 +147,14 @@ class Attention(nn.Module):
         self.sparse = config.sparse_config
         self.layer = layer
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Sequence[Segment] | None, cache: KVCache | None) -> Tensor:
-        """x [B, T, C] -> [B, T, C]. `rope` is (cos, sin) [B, 1, T, D/2]; without `segments` every row is one whole sequence."""
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Sequence[Segment] | None, cache: KVCache | None
+    ) -> Tensor:
+        """x [B, T, C] -> [B, T, C]. `rope` is (cos, sin) [B, 1, T, D/2]; without `segments` every row is one whole
+        sequence."""
         q, k, v = (
-            rearrange(proj(x), "b t (h d) -> b h t d", d=self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            rearrange(proj(x), "b t (h d) -> b h t d", d=self.head_dim)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if segments is None:
@@ -194,7 +202,9 @@ class DecoderLayer(nn.Module):
         self.mlp = SwiGLU(config)
         self.residual_scale = config.residual_scale
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Sequence[Segment] | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Sequence[Segment] | None, cache: KVCache | None
+    ) -> Tensor:
         """x [B, T, C] -> [B, T, C]."""
         x = x + self.self_attn(self.input_layernorm(x), rope, segments, cache) * self.residual_scale
         return x + self.mlp(self.post_attention_layernorm(x)) * self.residual_scale
@@ -245,12 +255,14 @@ class MiniCPM(nn.Module):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         return self
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None, cu_seqlens: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, cache: KVCache | None = None, cu_seqlens: Sequence[int] | None = None
+    ) -> Tensor:
         """Next-token logits [B, T, V] of `input_ids` [B, T] (int64).
 
         With `cache`, row b continues the `cache.lengths[b]` tokens already in it, and the cache takes the new ones.
-        With `cu_seqlens` = [0, t1, t1 + t2, ...] the input is one row [1, T] of sequences laid end to end without padding:
-        sequence i is tokens [cu_seqlens[i], cu_seqlens[i + 1]), sees only itself, and belongs to cache row i.
+        With `cu_seqlens` = [0, t1, t1 + t2, ...] the input is one row [1, T] of sequences laid end to end without
+        padding: sequence i is tokens [cu_seqlens[i], cu_seqlens[i + 1]), sees only itself, and belongs to cache row i.
 
         Raises ValueError for ids outside the vocabulary, a `cu_seqlens` that does not cover the row, or a full cache.
         """
@@ -264,7 +276,8 @@ class MiniCPM(nn.Module):
     def hidden_states(
         self, input_ids: Tensor, cache: KVCache | None = None, cu_seqlens: Sequence[int] | None = None
     ) -> list[Tensor]:
-        """The residual stream [B, T, C] after the embedding and after each layer, then the normed final state: L + 2 tensors."""
+        """The residual stream [B, T, C] after the embedding and after each layer, then the normed final state: L + 2
+        tensors."""
         segments = self._segments(input_ids, cache, cu_seqlens)
         x = self.model.embed_tokens(input_ids) * self.config.scale_emb
         rope = self._rope(input_ids, segments)
@@ -282,6 +295,10 @@ class MiniCPM(nn.Module):
     ) -> list[Segment] | None:
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [B, T] with T at least 1")
+        if input_ids.device.type == "cpu":  # elsewhere a look would stall the device, and the embedding itself asserts
+            low, high = int(input_ids.min()), int(input_ids.max())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(f"token id {low if low < 0 else high}: expected 0 <= id < {self.config.vocab_size}")
         rows, tokens = input_ids.shape
         if cache is None and cu_seqlens is None:
             return None
@@ -289,9 +306,12 @@ class MiniCPM(nn.Module):
             spans = [(row, 0, tokens) for row in range(rows)]
         else:
             bounds = [int(bound) for bound in cu_seqlens]
-            if rows != 1 or bounds[0] != 0 or bounds[-1] != tokens or any(b <= a for a, b in zip(bounds, bounds[1:], strict=False)):
-                raise ValueError(f"cu_seqlens = {bounds}: expected 0 = c0 < c1 < ... < cn = T for input_ids [1, T], got {[rows, tokens]}")
-            spans = [(0, start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+            spans = [(0, start, stop) for start, stop in pairwise(bounds)]
+            if rows != 1 or (bounds[0], bounds[-1]) != (0, tokens) or any(stop <= start for _, start, stop in spans):
+                raise ValueError(
+                    f"cu_seqlens = {bounds} for input_ids {[rows, tokens]}: expected input_ids [1, T] and "
+                    "0 = c0 < c1 < ... < cn = T"
+                )
         if cache is None:
             return [Segment(row, start, stop, i, 0) for i, (row, start, stop) in enumerate(spans)]
         if len(spans) > cache.batch_size:
@@ -301,7 +321,8 @@ class MiniCPM(nn.Module):
         return segments
 
     def _rope(self, input_ids: Tensor, segments: list[Segment] | None) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, 1, T, D/2] (or [1, 1, T, D/2] when all rows agree), each sequence by its own positions and length."""
+        """cos and sin [B, 1, T, D/2] (or [1, 1, T, D/2] when all rows agree), each sequence by its own positions and
+        length."""
         tokens = input_ids.shape[1]
         original = self.config.rope_scaling.original_max_position_embeddings if self.config.rope_scaling else tokens
         if segments is None:
@@ -321,11 +342,15 @@ class MiniCPM(nn.Module):
     def _enter_long_context(self, cache: KVCache, segments: list[Segment]) -> None:
         """Turn the cached keys of every row that crosses LongRoPE's original length from the short to the long angles.
 
-        Rotations add, so turning a cached key by (long - short) gives what a prefill at the new length would have stored.
+        Rotations add, so turning a cached key by (long - short) makes its distance to a new query the one the long list
+        means. Only the first layer's keys become what a prefill at the new length would store: deeper states were
+        computed at the short angles, and only a recomputation can change that. In the published files both lists are
+        equal and nothing turns.
         """
-        if self.config.rope_scaling is None or self.config.rope_scaling.short_factor == self.config.rope_scaling.long_factor:
+        scaling = self.config.rope_scaling
+        if scaling is None or scaling.short_factor == scaling.long_factor:
             return
-        original = self.config.rope_scaling.original_max_position_embeddings
+        original = scaling.original_max_position_embeddings
         for s in segments:
             if 0 < s.past <= original < s.past + s.stop - s.start:
                 positions = torch.arange(s.past, device=cache.keys.device)

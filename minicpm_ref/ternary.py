@@ -20,9 +20,8 @@ as long as W is float32; what is left between a QAT forward and packed inference
 Why the mean: `GRIDS` holds the rivals that the BitCPM report compares from one starting point. Those scaled by the
 largest weight leave most weights on the levels next to zero; those without a zero, or asymmetric, learn more slowly.
 
-On a CPU the fast product also rounds activations to int8, a scale for 128 of them: integer dot products are exact and
-four times as wide. That costs 0.6 % of relative error an output on Gaussian data. `ternary_matmul` defines both
-arithmetics.
+On a CPU the fast product also rounds activations to int8, a scale for 128 of them (`ternary_matmul_int8`): integer
+dot products are exact and four times as wide. That costs 0.6 % of relative error in the outputs on Gaussian data.
 
 Left out: learned scales, which the reports found no better; bias terms, which MiniCPM has none of.
 Sources: MiniCPM4 technical report (arXiv 2506.07900) section 3.3; BitCPM-CANN report sections 3.1 to 3.3; Bengio et
@@ -158,36 +157,28 @@ def quantize_activations(x: Tensor, group_size: int = 128) -> tuple[Tensor, Tens
     return q.to(torch.int8), torch.where(absmax.isfinite(), absmax / 127, torch.nan)
 
 
-def ternary_matmul(
-    x: Tensor, codes: Tensor, scales: Tensor, group_size: int = 128, activations: str = "float"
-) -> Tensor:
-    """x [..., in] times the transpose of a packed ternary matrix: y [..., out] in x's dtype.
+def ternary_matmul(x: Tensor, codes: Tensor, scales: Tensor, group_size: int = 128) -> Tensor:
+    """x [..., in] times the transpose of a packed ternary matrix: y [..., out] in x's dtype, y = x @
+    dequantize(...).T.
 
     codes uint8 [out / 16, in / 16, 16, 4] and scales float16 [out / 16, in / g, 16] are in the rows-in-lanes layout
-    (`ternary_packing.to_lanes`, `scales_to_lanes`).
-    activations = "float": y = x @ dequantize(codes, scales).T, in float32 (float64 for float64 x).
-    activations = "int8": x is rounded to int8 first (`quantize_activations`). Then, all in float32 and without fused
-    multiply-add, y starts at 0 and takes, group after group, dot * (scale of x * scale of w); dot is an exact
-    integer. This fixes every bit of the result, and the kernels return the same bits.
-
-    Raises ValueError for shapes that do not belong together, an unknown `activations`, or a code byte out of range.
+    of `ternary_packing` (`to_lanes`, `scales_to_lanes`). Computed in float32 (float64 for float64 x). Raises
+    ValueError for shapes that do not belong together or a code byte out of range.
     """
-    if activations not in ("float", "int8"):
-        raise ValueError(f'activations {activations!r}: expected "float" or "int8"')
-    columns = 16 * codes.shape[1]
-    if x.shape[-1] != columns:
-        raise ValueError(f"x has {x.shape[-1]} columns, expected {columns} like the codes {list(codes.shape)}")
-    if scales.shape != (codes.shape[0], columns // group_size, LANES) or columns % group_size:
-        expected = [codes.shape[0], columns // group_size, LANES]
-        raise ValueError(
-            f"scales {list(scales.shape)}, expected {expected} for group_size {group_size} and {columns} columns"
-        )
-    w, s = from_lanes(codes), scales_from_lanes(scales)  # [out, in], [out, in / g]
-    if activations == "float":
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return (x.to(dtype) @ dequantize(w, s.to(dtype), group_size).T).to(x.dtype)
+    w, s = _unpack_lanes(x, codes, scales, group_size)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(dtype) @ dequantize(w, s.to(dtype), group_size).T).to(x.dtype)
+
+
+def ternary_matmul_int8(x: Tensor, codes: Tensor, scales: Tensor, group_size: int = 128) -> Tensor:
+    """`ternary_matmul` with activations rounded to int8 by `quantize_activations`; same arguments, same errors.
+
+    All in float32 and without fused multiply-add, y starts at 0 and takes, group after group, dot * (scale of x *
+    scale of w), where dot is an exact integer. This fixes every bit of the result, and kernels return the same bits.
+    """
+    w, s = _unpack_lanes(x, codes, scales, group_size)
     q, q_scales = quantize_activations(x, group_size)
-    y = torch.zeros(*x.shape[:-1], w.shape[0], device=x.device)  # [..., out]
+    y = torch.zeros(*x.shape[:-1], w.shape[0], dtype=torch.float32, device=x.device)  # [..., out]
     for group, w_group in enumerate(w.float().split(group_size, dim=1)):
         dot = q[..., group, :].float() @ w_group.T  # exact: every partial sum is an integer below 2^24
         y = y + dot * (q_scales[..., group, None] * s[:, group].float())
@@ -213,6 +204,20 @@ def _project(w: Tensor, group_size: int, grid: str, name: str) -> tuple[Tensor, 
     groups = split_groups(w, group_size, name).to(torch.promote_types(w.dtype, torch.float32))
     scales = rule.scale(groups).clamp(min=SMALLEST_SCALE).half()
     return rule.nearest(groups / scales.to(groups.dtype).unsqueeze(-1)), scales
+
+
+def _unpack_lanes(x: Tensor, codes: Tensor, scales: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Codes [out, in] and scales [out, in / g], after checking that they belong to x and to each other."""
+    w = from_lanes(codes)
+    columns = w.shape[1]
+    if x.shape[-1] != columns:
+        raise ValueError(f"x has {x.shape[-1]} columns, expected {columns} like the codes {list(codes.shape)}")
+    expected = (codes.shape[0], columns // group_size, LANES)
+    if columns % group_size or scales.shape != expected:
+        raise ValueError(
+            f"scales {list(scales.shape)}, expected {list(expected)} for {columns} columns in groups of {group_size}"
+        )
+    return w, scales_from_lanes(scales)
 
 
 def _require_finite(values: Tensor, name: str) -> None:

@@ -64,8 +64,8 @@ class TernaryLinear(nn.Module):
     Buffers in the kernels' layout (`ternary_packing`): `codes` uint8 [out / 16, in / 16, 16, 4] and `scales` float16
     [out / 16, in / g, 16]. `scales` stays float16 under `.to(dtype)`: rounded to bfloat16 it would be another matrix.
 
-    `activations` is "float", "int8", or None for what the chosen kernel is made for: int8 in numba, float elsewhere.
-    Where x needs a gradient, the torch reference runs.
+    `activations`: "float" (`ternary_matmul`), "int8" (`ternary_matmul_int8`), or None for int8 where a numba kernel
+    does it and float elsewhere. Where x needs a gradient, the torch reference runs.
     """
 
     codes: Tensor
@@ -73,6 +73,8 @@ class TernaryLinear(nn.Module):
 
     def __init__(self, matrix: TernaryTensor, activations: str | None = None, name: str = "codes"):
         super().__init__()
+        if activations not in (None, "float", "int8"):
+            raise ValueError(f'activations {activations!r}: expected "float", "int8" or None')
         self.out_features, self.in_features = matrix.codes.shape
         self.group_size = matrix.group_size
         self.activations = activations
@@ -204,14 +206,14 @@ def install_ternary(model: nn.Module, tensors: Mapping[str, Tensor], metadata: M
 
 
 def _multiply(x: Tensor, codes: Tensor, scales: Tensor, group_size: int, activations: str | None) -> Tensor:
-    """`ternary_matmul` in the backend that can do it and is the fastest here."""
-    chosen = "torch"
-    if group_size == KERNEL_GROUP_SIZE and not (torch.is_grad_enabled() and x.requires_grad):
-        chosen = backend.choose("ternary_matmul", x.device)
-    if chosen == "numba" and activations == "float":
-        chosen = "torch"
-    arithmetic = activations or ("int8" if chosen == "numba" else "float")
-    return cast(Tensor, backend.kernel("ternary_matmul", chosen)(x, codes, scales, group_size, arithmetic))
+    """x times the packed matrix, by the implementation that can do it and is the fastest here."""
+    kernels = group_size == KERNEL_GROUP_SIZE and not (torch.is_grad_enabled() and x.requires_grad)
+    if activations is None:
+        fast = kernels and backend.choose("ternary_matmul_int8", x.device) == "numba"
+        activations = "int8" if fast else "float"
+    operation = "ternary_matmul_int8" if activations == "int8" else "ternary_matmul"
+    chosen = backend.choose(operation, x.device) if kernels else "torch"
+    return cast(Tensor, backend.kernel(operation, chosen)(x, codes, scales, group_size))
 
 
 def _block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:

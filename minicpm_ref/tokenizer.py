@@ -1,13 +1,14 @@
 """Text to token ids and back: byte-pair encoding with byte fallback, and the ChatML turns of MiniCPM4.1.
 
-BPE starts from single characters and repeatedly joins the most frequent adjacent pair. A character that the vocabulary does
-not know falls back to its UTF-8 bytes, `<0x00>` ... `<0xFF>`, so every text has an encoding and decoding gives the text back.
+BPE starts from single characters and repeatedly joins the most frequent adjacent pair. A character that the vocabulary
+does not know falls back to its UTF-8 bytes, `<0x00>` ... `<0xFF>`, so every text has an encoding and decoding gives the
+text back.
 
-The special tokens `<s>`, `</s>`, `<|im_start|>` and `<|im_end|>` are never produced from text: a document that merely contains
-the characters "</s>" must not end the sequence, and a user's message must not be able to open a system turn.
+The special tokens `<s>`, `</s>`, `<|im_start|>` and `<|im_end|>` are never produced from text: a document that merely
+contains the characters "</s>" must not end the sequence, and a user's message must not be able to open a system turn.
 
-The algorithm runs in the `tokenizers` library; this file trains it, loads a published `tokenizer.json`, and holds the template.
-Sources: Sennrich et al., arXiv 1508.07909; the ids and turns published with MiniCPM4.1.
+The algorithm runs in the `tokenizers` library; this file trains it, loads a published `tokenizer.json`, and holds the
+template. Sources: Sennrich et al., arXiv 1508.07909; the ids and turns published with MiniCPM4.1.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ UNK, BOS, EOS, TURN, END_OF_TURN = "<unk>", "<s>", "</s>", "<|im_start|>", "<|im
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 ROLES = ("system", "user", "assistant")
 
-# One pre-token is: a line break with the indentation behind it; a word with the one sign before it (".append", "_name", " if");
-# up to three digits; a run of signs; a run of blanks. Merges never cross these borders.
+# One pre-token is: a line break with the indentation behind it; a word with the one sign before it (".append", "_name",
+# " if"); up to three digits; a run of signs; a run of blanks. Merges never cross these borders.
 WORDS = r"[\r\n]+[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
 
 
@@ -79,7 +80,10 @@ class Tokenizer:
         backend.train_from_iterator(texts, trainer)
         model = json.loads(backend.to_str())["model"]
         if len(model["vocab"]) != learned:
-            raise ValueError(f"the texts give {len(model['vocab'])} tokens: expected {learned}; use more text or a smaller vocab_size")
+            raise ValueError(
+                f"the texts give {len(model['vocab'])} tokens: expected {learned}; "
+                "use more text or a smaller vocab_size"
+            )
         words = sorted(model["vocab"], key=model["vocab"].get)
         vocab = {token: i for i, token in enumerate([*fixed, *words])}
         merges = [tuple(pair) for pair in model["merges"]]
@@ -119,13 +123,16 @@ class Tokenizer:
     # ---- chat --------------------------------------------------------------------------------------------------------
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], enable_thinking: bool | None = None, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, str]],
+        enable_thinking: bool | None = None,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
         """Token ids of a conversation in ChatML turns, ready for generation.
 
-        `messages` are {"role": "system" | "user" | "assistant", "content": text}. MiniCPM4.1 reasons before it answers unless it
-        is told not to: `enable_thinking=False` opens the answer with an empty thought, which is how the template says so.
-        Raises ValueError for an unknown role.
+        `messages` are {"role": "system" | "user" | "assistant", "content": text}. MiniCPM4.1 reasons before it answers
+        unless it is told not to: `enable_thinking=False` opens the answer with an empty thought, which is how the
+        template says so. Raises ValueError for an unknown role.
         """
         turn, end = self._required_id(TURN), self._required_id(END_OF_TURN)
         ids = [self.bos_id]

@@ -1,0 +1,106 @@
+"""What is known about a set of weights, kept beside them as `card.json`: recipe, data, machine, time, loss, quality.
+
+A number about the weights that is quoted anywhere comes from their card. Variants form a chain: the card of one that
+was trained from others holds the hash of those, so weights can never silently hang on a base that was replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from minicpm_ref.checkpoint import resolve, sha256_file, variant_folder, variants
+from minicpm_ref.data import Corpus, bits_per_byte
+from minicpm_ref.model import MiniCPM
+
+if TYPE_CHECKING:
+    from minicpm_ref.train import Trainer
+
+CURVE_POINTS = 200  # the loss curve is averaged down to about this many points
+
+
+def training_card(trainer: Trainer, model: MiniCPM) -> dict[str, Any]:
+    """The card of a finished run, measuring `model` on every held-out file of the run's corpus."""
+    recipe, corpus = trainer.recipe, trainer.corpus
+    rows = [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    stride = max(1, len(rows) // CURVE_POINTS)
+    blocks = [rows[start : start + stride] for start in range(0, len(rows), stride)]
+    return {
+        "recipe": recipe.to_dict(),
+        "parent": parent_record(recipe.parent),
+        "parameters": recipe.config.num_parameters(),
+        "tokens": recipe.steps * recipe.batch_tokens,
+        "corpus": {"manifest_sha256": corpus.manifest_sha256}
+        | {key: corpus.manifest[key] for key in ("licences", "bytes", "train_tokens")},
+        "machine": machine(trainer.device),
+        "precision": trainer.precision,
+        "seconds": round(trainer.seconds, 1),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "held_out_bits_per_byte": quality_by_group(model, corpus, recipe.context),
+        "loss_curve": [[block[-1]["tokens"], round(sum(r["loss"] for r in block) / len(block), 4)] for block in blocks],
+        "held_out_curve": [[row["tokens"], round(row["held_out"], 4)] for row in rows if "held_out" in row],
+    }
+
+
+def quality_by_group(model: MiniCPM, corpus: Corpus, context: int) -> dict[str, float]:
+    """Held-out bits per byte of each file group, and of "all" bytes together."""
+    quality: dict[str, float] = {}
+    bits = nbytes = 0.0
+    for group in dict.fromkeys(document.group for document in corpus.held_out):
+        documents = [document for document in corpus.held_out if document.group == group]
+        size = sum(document.nbytes for document in documents)
+        value = bits_per_byte(model, corpus.tokenizer, [document.text for document in documents], context)
+        quality[group] = round(value, 4)
+        bits, nbytes = bits + value * size, nbytes + size
+    return quality | {"all": round(bits / nbytes, 4)}
+
+
+def parent_record(parent: str | None) -> dict[str, str] | None:
+    """Name and weight hash of what a run started from: an embedded variant or a folder; None for fresh weights."""
+    if parent is None:
+        return None
+    folder = variant_folder(parent) if parent in variants() else resolve(parent)
+    return {"name": parent, "weights_sha256": sha256_file(folder / "model.safetensors")}
+
+
+def check_chain() -> None:
+    """Raise ValueError naming the first embedded variant whose parent is not the embedded base as it is now."""
+    base = sha256_file(variant_folder("base") / "model.safetensors")
+    for name in variants():
+        card = json.loads((variant_folder(name) / "card.json").read_text("utf-8"))
+        own = sha256_file(variant_folder(name) / "model.safetensors")
+        if card["weights_sha256"] != own:
+            raise ValueError(f"variant {name!r}: its weights hash to {own}, its card says {card['weights_sha256']}")
+        parent = card["parent"]
+        if (name == "base") != (parent is None):
+            raise ValueError(f"variant {name!r}: parent is {parent!r}; only the base has none")
+        if parent is not None and parent["weights_sha256"] != base:
+            raise ValueError(
+                f"variant {name!r} was trained from {parent['weights_sha256']}, the embedded base is {base}"
+            )
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Where something ran: device, cores, versions."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {
+        "device": name,
+        "threads": str(torch.get_num_threads()),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name, from the system where Python does not know it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,220 @@
+"""The command line: `minicpm-ref tour | generate | eval | info | data | train`.
+
+Each command is a thin layer over one public function, so that whatever is shown here can be done in a few lines of
+Python.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from minicpm_ref.config import PRESETS, ModelConfig
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="MiniCPM4.1 from scratch: run it, measure it, train it. Start with [bold]minicpm-ref tour[/bold].",
+    rich_markup_mode="rich",
+)
+console = Console()
+
+Source = Annotated[
+    str | None,
+    typer.Option(
+        "--weights", help="A folder or hub id in the published layout. Default: the weights inside this package."
+    ),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
+Prompt = Annotated[str | None, typer.Option(help="Text to continue.")]
+PromptFile = Annotated[Path | None, typer.Option(help="File whose text is continued; of a long one, the end.")]
+DEFAULT_PROMPT = "import os\nimport sys\n\n\ndef main(argv):\n"
+
+
+@app.command()
+def tour(
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    weights: Source = None,
+    device: Device = "cpu",
+    out: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("tour.png"),
+) -> None:
+    """Load real weights, continue a text, and measure everything that exists so far. Takes under two minutes."""
+    from minicpm_ref.tour import run_tour
+
+    run_tour(console, read_prompt(prompt, prompt_file), weights, device, out)
+
+
+@app.command()
+def generate(
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    weights: Source = None,
+    variant: Annotated[str, typer.Option(help="Which of the embedded weights.")] = "base",
+    device: Device = "cpu",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the completion in tokens.")] = 120,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.6,
+    top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")] = 40,
+    top_p: Annotated[float, typer.Option(help="Keep the most likely tokens that reach this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt in a user turn (for instruction-tuned weights).")
+    ] = False,
+    think: Annotated[bool, typer.Option(help="With --chat: let the model reason before it answers.")] = True,
+) -> None:
+    """Continue a text and stream it to the terminal."""
+    from minicpm_ref import checkpoint, sampling
+
+    model, tokenizer = checkpoint.load(weights, device, variant=variant)
+    if tokenizer is None:
+        raise ValueError(f"{weights}: no tokenizer.json in the folder, so a text cannot be encoded")
+    text = read_prompt(prompt, prompt_file)
+    if chat:
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], enable_thinking=think)
+    else:
+        ids = tokenizer.encode(text)
+        console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+    params = sampling.SamplingParams(temperature, top_k, top_p, seed)
+    tokens = sampling.generate(model, torch.tensor([ids], device=device), max_new_tokens, params, tokenizer.eos_ids)
+    for piece in stream_text(tokenizer, tokens):
+        console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+    console.print()
+
+
+@app.command(name="eval")
+def evaluate(
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Text files to measure. Default: the embedded held-out sample.")
+    ] = None,
+    weights: Source = None,
+    variant: Annotated[str, typer.Option(help="Which of the embedded weights.")] = "base",
+    device: Device = "cpu",
+    context: Annotated[int, typer.Option(min=1, help="Window in tokens.")] = 512,
+) -> None:
+    """Measure bits per byte: how well the model predicts a text (lower is better; gzip needs about 2 on code)."""
+    from minicpm_ref import checkpoint, data
+
+    model, tokenizer = checkpoint.load(weights, device, variant=variant)
+    if tokenizer is None:
+        raise ValueError(f"{weights}: no tokenizer.json in the folder, so a text cannot be encoded")
+    if files:
+        groups = {str(path): [path.read_text("utf-8")] for path in files}
+    else:
+        documents = data.read_held_out(checkpoint.EMBEDDED / "held_out.jsonl")
+        groups = {
+            name: [d.text for d in documents if d.group == name] for name in dict.fromkeys(d.group for d in documents)
+        }
+    for name, texts in groups.items():
+        console.print(f"{data.bits_per_byte(model, tokenizer, texts, context):.3f} bits per byte  {name}")
+
+
+@app.command()
+def info(
+    config: Annotated[str, typer.Argument(help=f"A config.json, or one of: {', '.join(PRESETS)}.")] = "minicpm4.1-8b",
+    bandwidth: Annotated[
+        float | None, typer.Option(help="Memory bandwidth in GB/s. Default: measured on this machine.")
+    ] = None,
+) -> None:
+    """Show this machine, which kernels it runs and why, and the arithmetic of a model: memory, and the fastest possible
+    decode."""
+    from minicpm_ref.tour import show_info
+
+    show_info(
+        console, ModelConfig.preset(config) if config in PRESETS else ModelConfig.from_json(config), config, bandwidth
+    )
+
+
+@app.command()
+def data(
+    out: Annotated[Path, typer.Option(help="Folder for the corpus.")] = Path("corpus"),
+    vocab_size: Annotated[int, typer.Option(help="Tokens in the vocabulary learned from it.")] = 4096,
+    reuse_tokenizer: Annotated[bool, typer.Option(help="Use the embedded vocabulary instead of learning one.")] = False,
+) -> None:
+    """Build the training corpus from the Python source on this machine (about 100 MB; one to two minutes)."""
+    from rich.table import Table
+
+    from minicpm_ref import checkpoint
+    from minicpm_ref.data import build_corpus
+    from minicpm_ref.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(checkpoint.EMBEDDED / "base" / "tokenizer.json") if reuse_tokenizer else None
+    corpus = build_corpus(out, vocab_size=vocab_size, tokenizer=tokenizer, report=console.print)
+    table = Table("group", "licence", "files", "train MB", "held-out MB")
+    for group, licence in sorted(corpus.manifest["licences"].items()):
+        count = sum(file["group"] == group for file in corpus.manifest["files"])
+        sizes = [f"{corpus.manifest['bytes'].get(f'{group}/{split}', 0) / 1e6:.2f}" for split in ("train", "held_out")]
+        table.add_row(group, licence, str(count), *sizes)
+    console.print(table)
+    console.print(
+        f"{corpus.manifest['train_tokens']:,} training tokens, manifest {corpus.manifest_sha256[:16]}, in {out}/"
+    )
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Option(help="Name of a file in minicpm_ref/recipes/.")] = "base",
+    corpus: Annotated[Path, typer.Option(help="Folder written by `minicpm-ref data`.")] = Path("corpus"),
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; an unfinished run in it is continued.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Train on this many tokens instead of the recipe's number.")
+    ] = None,
+    device: Device = "cpu",
+    sharding: Annotated[
+        str, typer.Option(help="Under torchrun: 'ddp' copies the weights, 'fsdp' shards them.")
+    ] = "ddp",
+    seed: Annotated[int | None, typer.Option(help="Another seed than the recipe's.")] = None,
+) -> None:
+    """Train by a recipe. Ctrl-C stops cleanly after the step; the same command goes on exactly there."""
+    import dataclasses
+
+    from minicpm_ref.data import Corpus
+    from minicpm_ref.recipes import get_recipe
+    from minicpm_ref.train import Trainer
+
+    chosen = get_recipe(recipe)
+    changes = {name: value for name, value in (("tokens", tokens), ("seed", seed)) if value is not None}
+    chosen = dataclasses.replace(chosen, **changes)  # type: ignore[arg-type]
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    Trainer(chosen, Corpus(corpus), out or Path("runs") / recipe, device, sharding).run()
+
+
+def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    """The text to continue, from whichever option was given."""
+    if prompt is not None and prompt_file is not None:
+        raise ValueError("--prompt and --prompt-file were both given; expected one")
+    text = prompt_file.read_text("utf-8") if prompt_file else prompt if prompt is not None else DEFAULT_PROMPT
+    return text.replace("\\n", "\n") if prompt is not None else text
+
+
+def stream_text(tokenizer, tokens):  # type: ignore[no-untyped-def]
+    """Pieces of text as tokens arrive; a character whose bytes are not complete yet waits for the rest."""
+    ids: list[int] = []
+    shown = 0
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            yield text[shown:]
+            shown = len(text)
+    yield tokenizer.decode(ids)[shown:]
+
+
+def main() -> None:
+    """Entry point: errors in one line that says what to do, a quiet Ctrl-C."""
+    try:
+        app()  # exits by itself, also on Ctrl-C
+    except (ValueError, RuntimeError, OSError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

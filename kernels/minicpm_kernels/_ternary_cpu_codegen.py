@@ -1,8 +1,8 @@
 """Machine code for ternary products on a CPU: sixteen output rows by a few tokens, in three instruction sets.
 
-The layout does most of the work (see `ternary_cpu`): one 64-byte chunk holds sixteen codes of each of sixteen rows, one
-32-bit lane a row. For each of the four bit pairs p of a chunk, `(chunk >> 2p) & 0x03030303` leaves in every lane four
-unsigned bytes, the digits u = code + 1 of four neighbouring columns, which are multiplied by the same four int8
+The layout does most of the work (see `ternary_cpu`): one 64-byte chunk holds sixteen codes of each of sixteen rows,
+one 32-bit lane a row. For each of the four bit pairs p of a chunk, `(chunk >> 2p) & 0x03030303` leaves in every lane
+four unsigned bytes, the digits u = code + 1 of four neighbouring columns, which are multiplied by the same four int8
 activations in all lanes: one 4-byte broadcast. Sums of a group are exact integers:
 
     dot = sum(code * q) = sum(u * q) - sum(q)
@@ -20,11 +20,12 @@ What differs is the instruction that takes four products:
 Then, a group at a time and in float32 without fused multiply-add: y = y + dot * (scale of x * scale of w). All three
 therefore return the same bits.
 
-The compiled loops live in this file, next to the code generator, because numba's cache looks at the age of the file that
-defines a compiled function and at nothing else: in two files, an edited generator would go on running its old code.
+The compiled loops live in this file, next to the code generator, because numba's cache looks at the age of the file
+that defines a compiled function and at nothing else: in two files, an edited generator would go on running its old
+code.
 
-Left out: ARM's sdot and AVX-VNNI on 256 bits (one more entry of `INSTRUCTION_SETS` each); bfloat16 and AMX, whose tiles
-have no two-bit operand.
+Left out: ARM's sdot and AVX-VNNI on 256 bits (one more entry of `INSTRUCTION_SETS` each); bfloat16 and AMX, whose
+tiles have no two-bit operand.
 """
 
 from __future__ import annotations

@@ -60,4 +60,5 @@ class CompileConfig:
 KERNELS: tuple[Kernel, ...] = (
     Kernel("rms_norm", "minicpm_kernels.rms_norm", "minicpm_ref.model", "triton"),
     Kernel("add_rms_norm", "minicpm_kernels.rms_norm", "minicpm_ref.fused", "triton"),
+    Kernel("ternary_matmul_int8", "minicpm_kernels.ternary_cpu", "minicpm_ref.ternary", "numba"),
 )

@@ -30,6 +30,7 @@ from minicpm_ref.cases.decoder import (
     RopeFrequenciesCase,
 )
 from minicpm_ref.cases.norm import ADD_RMS_NORM, RMS_NORM, AddNormCase, NormCase
+from minicpm_ref.cases.sampling import PROCESS_LOGITS, ProcessLogitsCase
 from minicpm_ref.cases.sparse import (
     COMPRESS_KEYS,
     PICK_BLOCKS,
@@ -39,6 +40,26 @@ from minicpm_ref.cases.sparse import (
     PickBlocksCase,
     SelectBlocksCase,
     SparseAttentionCase,
+)
+from minicpm_ref.cases.ternary import (
+    DEQUANTIZE,
+    FAKE_QUANTIZE,
+    PACK,
+    QUANTIZE,
+    TERNARY_MATMUL,
+    DequantizeCase,
+    FakeQuantizeCase,
+    PackCase,
+    QuantizeCase,
+    TernaryMatmulCase,
+)
+from minicpm_ref.cases.training import (
+    BITS_PER_BYTE,
+    ORTHOGONALIZE,
+    WSD_FACTOR,
+    BitsPerByteCase,
+    OrthogonalizeCase,
+    WsdCase,
 )
 
 
@@ -65,27 +86,55 @@ TABLES: dict[str, Sequence[Case]] = {
     "pick_blocks": PICK_BLOCKS,
     "select_blocks": SELECT_BLOCKS,
     "sparse_attention": SPARSE_ATTENTION,
+    "quantize": QUANTIZE,
+    "dequantize": DEQUANTIZE,
+    "fake_quantize": FAKE_QUANTIZE,
+    "pack": PACK,
+    "ternary_matmul": TERNARY_MATMUL,
+    "ternary_matmul_int8": TERNARY_MATMUL,
+    "wsd_factor": WSD_FACTOR,
+    "orthogonalize": ORTHOGONALIZE,
+    "bits_per_byte": BITS_PER_BYTE,
+    "process_logits": PROCESS_LOGITS,
 }
 
 __all__ = [
     "ADD_RMS_NORM",
     "APPLY_ROPE",
+    "BITS_PER_BYTE",
     "CAUSAL_ATTENTION",
     "COMPRESS_KEYS",
+    "DEQUANTIZE",
+    "FAKE_QUANTIZE",
+    "ORTHOGONALIZE",
+    "PACK",
     "PICK_BLOCKS",
+    "PROCESS_LOGITS",
+    "QUANTIZE",
     "RMS_NORM",
     "ROPE_FREQUENCIES",
     "SELECT_BLOCKS",
     "SPARSE_ATTENTION",
     "TABLES",
+    "TERNARY_MATMUL",
+    "WSD_FACTOR",
     "AddNormCase",
     "ApplyRopeCase",
+    "BitsPerByteCase",
     "Case",
     "CausalAttentionCase",
     "CompressKeysCase",
+    "DequantizeCase",
+    "FakeQuantizeCase",
     "NormCase",
+    "OrthogonalizeCase",
+    "PackCase",
     "PickBlocksCase",
+    "ProcessLogitsCase",
+    "QuantizeCase",
     "RopeFrequenciesCase",
     "SelectBlocksCase",
     "SparseAttentionCase",
+    "TernaryMatmulCase",
+    "WsdCase",
 ]

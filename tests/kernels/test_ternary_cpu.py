@@ -13,11 +13,11 @@ import sys
 import numba
 import pytest
 import torch
+
 from minicpm_kernels import ternary_cpu
 from minicpm_kernels._ternary_cpu_codegen import compiled
-from minicpm_kernels.testing import assert_close, poisoned_memory
 from minicpm_kernels.ternary_cpu import INSTRUCTION_SET, SUPPORTED, ternary_matmul_int8
-
+from minicpm_kernels.testing import assert_close, poisoned_memory
 from minicpm_ref import ternary
 from minicpm_ref.cases import TERNARY_MATMUL, TernaryMatmulCase
 

@@ -162,7 +162,7 @@ FAKE_QUANTIZE: tuple[FakeQuantizeCase, ...] = tuple(
     FakeQuantizeCase(f"{grid}-{name}", rows, columns, group, kind=kind, grid=grid)
     for grid in ("ternary", "asymmetric4", "half4", "nonzero4", "five")
     for name, rows, columns, group, kind in _WEIGHTS
-    if kind != "ties" or grid == "ternary"  # only the ternary grid says what happens halfway
+    if kind not in ("ties", "zero-group") or grid == "ternary"  # the nearest level is not unique there
 )
 
 DEQUANTIZE: tuple[DequantizeCase, ...] = tuple(

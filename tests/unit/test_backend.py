@@ -1,0 +1,89 @@
+"""The choice of an implementation, and that nothing heavy is imported before it is chosen."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from minicpm_ref import backend, ternary
+
+
+@pytest.fixture(autouse=True)
+def automatic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MINICPM_BACKEND", raising=False)
+
+
+@pytest.fixture
+def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_version", lambda package: None)
+
+
+def test_the_cpu_takes_numba_where_there_is_a_kernel() -> None:
+    pytest.importorskip("numba")
+    choice = backend.explain("ternary_matmul_int8", "cpu")
+    assert choice.backend == "numba"
+    assert choice.reason.startswith("numba ")
+    assert backend.choose("ternary_matmul_int8", torch.device("cpu")) == "numba"
+    assert backend.choose("ternary_matmul", "cpu") == "torch"
+    assert backend.explain("ternary_matmul", "cpu").reason == "ternary_matmul has no numba implementation"
+
+
+def test_other_devices_take_torch() -> None:
+    assert backend.explain("ternary_matmul_int8", "mps").backend == "torch"
+    assert backend.explain("ternary_matmul_int8", "mps").reason == "no kernels for mps devices"
+
+
+@pytest.mark.usefixtures("nothing_installed")
+def test_a_missing_package_falls_back_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = backend.explain("ternary_matmul_int8", "cpu")
+    assert (choice.backend, choice.reason) == ("torch", "numba is not installed")
+    monkeypatch.setenv("MINICPM_BACKEND", "numba")
+    with pytest.raises(RuntimeError, match="MINICPM_BACKEND=numba: numba is not installed"):
+        backend.choose("ternary_matmul_int8", "cpu")
+
+
+def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINICPM_BACKEND", "torch")
+    choice = backend.explain("ternary_matmul_int8", "cpu")
+    assert (choice.backend, choice.reason) == ("torch", "MINICPM_BACKEND=torch")
+    monkeypatch.setenv("MINICPM_BACKEND", "fortran")
+    with pytest.raises(ValueError, match="MINICPM_BACKEND=fortran: expected one of auto, torch, triton, numba"):
+        backend.choose("ternary_matmul_int8", "cpu")
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="operation 'attention': expected one of"):
+        backend.choose("attention", "cpu")
+    with pytest.raises(ValueError, match="ternary_matmul_int8 has no opencl implementation, only torch, numba"):
+        backend.kernel("ternary_matmul_int8", "opencl")
+
+
+def test_kernels_are_found() -> None:
+    assert backend.kernel("ternary_matmul", "torch") is ternary.ternary_matmul
+    pytest.importorskip("numba")
+    from minicpm_kernels import ternary_cpu
+
+    assert backend.kernel("ternary_matmul_int8", "numba") is ternary_cpu.ternary_matmul_int8
+
+
+def test_describe_names_the_instruction_set() -> None:
+    pytest.importorskip("numba")
+    from minicpm_kernels.ternary_cpu import INSTRUCTION_SET
+
+    rows = {(row.operation, row.device): row for row in backend.describe()}
+    assert rows["ternary_matmul_int8", "cpu"].reason.endswith(f", {INSTRUCTION_SET}")
+    assert {operation for operation, _ in rows} == set(backend.OPERATIONS)
+
+
+def test_choosing_imports_no_compiler() -> None:
+    code = (
+        "import sys, minicpm_ref, minicpm_ref.ternary_layers as t, minicpm_ref.backend as b;"
+        "b.choose('ternary_matmul_int8', 'cpu');"
+        "print(sorted(name for name in ('numba', 'triton', 'minicpm_kernels') if name in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"

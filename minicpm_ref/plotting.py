@@ -160,6 +160,7 @@ def draw_roofline(
         y = attainable(x, bandwidth, peak) if measured is None else measured
         colour = colours[i % len(colours)]
         ax.plot(x, y, "o", color=colour, markerfacecolor="white" if measured is None else colour, markersize=7)
-        ax.annotate(name, (x, y), xytext=(6, -12), textcoords="offset points", fontsize=8)
+        side = "right" if x > ridge else "left"  # below the roof either way, and inside the axes
+        ax.annotate(name, (x, y), xytext=(6, -14), textcoords="offset points", fontsize=8, ha=side)
     ax.set_xlabel("arithmetic intensity, FLOP/byte")
     ax.set_ylabel("FLOP/s")

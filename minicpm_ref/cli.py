@@ -134,6 +134,7 @@ def info(
 @app.command()
 def data(
     out: Annotated[Path, typer.Option(help="Folder for the corpus.")] = Path("corpus"),
+    groups: Annotated[str, typer.Option(help="Comma-separated sources to use. Default: all that are present.")] = "",
     vocab_size: Annotated[int, typer.Option(help="Tokens in the vocabulary learned from it.")] = 4096,
     reuse_tokenizer: Annotated[bool, typer.Option(help="Use the embedded vocabulary instead of learning one.")] = False,
 ) -> None:
@@ -141,11 +142,12 @@ def data(
     from rich.table import Table
 
     from minicpm_ref import checkpoint
-    from minicpm_ref.data import build_corpus
+    from minicpm_ref.data import build_corpus, find_roots
     from minicpm_ref.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(checkpoint.EMBEDDED / "base" / "tokenizer.json") if reuse_tokenizer else None
-    corpus = build_corpus(out, vocab_size=vocab_size, tokenizer=tokenizer, report=console.print)
+    roots = find_roots(groups.split(",") if groups else None)
+    corpus = build_corpus(out, roots, vocab_size, tokenizer, report=console.print)
     table = Table("group", "licence", "files", "train MB", "held-out MB")
     for group, licence in sorted(corpus.manifest["licences"].items()):
         count = sum(file["group"] == group for file in corpus.manifest["files"])

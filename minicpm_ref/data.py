@@ -63,14 +63,20 @@ class Document:
         return int.from_bytes(hashlib.sha256(f"{self.group}/{self.path}".encode()).digest()[:4]) % 50 == 0
 
 
-def find_roots() -> dict[str, Path]:
-    """The source folders present on this machine, by group."""
+def find_roots(groups: Sequence[str] | None = None) -> dict[str, Path]:
+    """The source folders present on this machine, by group; with `groups`, those alone.
+
+    Raises ValueError for a group that is unknown, or named but not installed.
+    """
     roots = {"stdlib": Path(sysconfig.get_paths()["stdlib"])}
     for package in LICENCES.keys() - {"stdlib"}:
         spec = importlib.util.find_spec(package)
         if spec is not None and spec.submodule_search_locations:
             roots[package] = Path(spec.submodule_search_locations[0])
-    return {group: roots[group] for group in LICENCES if group in roots}
+    for group in groups or ():
+        if group not in roots:
+            raise ValueError(f"group {group!r}: expected one of those found here, {', '.join(sorted(roots))}")
+    return {group: roots[group] for group in LICENCES if group in (groups or roots) and group in roots}
 
 
 def read_documents(group: str, root: Path) -> Iterator[Document]:
@@ -119,8 +125,10 @@ def build_corpus(
             )
     train = [document for document in documents if not document.held_out]
     held_out = [document for document in documents if document.held_out]
-    if not train:
-        raise ValueError(f"no Python source found below {roots}: expected at least the standard library")
+    if not train or not held_out:
+        raise ValueError(
+            f"{len(train)} files to train on and {len(held_out)} held out below {roots}: expected at least one of each"
+        )
     report(f"{len(train)} files to train on, {len(held_out)} held out")
     if tokenizer is None:
         report("learning the vocabulary")
@@ -169,15 +177,16 @@ def read_held_out(path: str | Path) -> list[Document]:
 
 
 def small_sample(documents: Sequence[Document], nbytes: int, largest: int = 16_000) -> list[Document]:
-    """Documents of 2 kB to `largest` bytes from each group in turn, about `nbytes` in all.
+    """Documents of 2 kB to `largest` bytes (of any size, if there are none) from each group in turn, about `nbytes` in
+    all.
 
     Every group is heard, whatever its size. The order within a group is that of a hash of the path, which is as good as
     random.
     """
+    pool = [document for document in documents if 2000 <= document.nbytes <= largest] or documents
     queues: dict[str, list[Document]] = {}
-    for document in sorted(documents, key=lambda d: hashlib.sha256(d.path.encode()).digest()):
-        if 2000 <= document.nbytes <= largest:
-            queues.setdefault(document.group, []).append(document)
+    for document in sorted(pool, key=lambda d: hashlib.sha256(d.path.encode()).digest()):
+        queues.setdefault(document.group, []).append(document)
     chosen: list[Document] = []
     while any(queues.values()) and sum(document.nbytes for document in chosen) < nbytes:
         chosen += [queue.pop(0) for _, queue in sorted(queues.items()) if queue]

@@ -241,12 +241,16 @@ class MiniCPM(nn.Module):
         return self.model.embed_tokens.weight.dtype
 
     def init_weights(self, seed: int = 0) -> MiniCPM:
-        """Draw fresh weights under muP: std `initializer_range` for the embedding and output matrices, divided by
-        sqrt(C / dim_model_base) for every matrix inside a layer; norms are 1. Source: arXiv 2404.06395, table 7."""
+        """Draw fresh weights under muP: std `initializer_range` for the embedding, divided by sqrt(C / dim_model_base)
+        for every matrix inside a layer; norms are 1, and an output matrix of its own starts at 0, so that the first
+        prediction is uniform. Sources: arXiv 2404.06395 table 7; arXiv 2203.03466 appendix D.2 (zero output)."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 nn.init.ones_(parameter)
+                continue
+            if name == "lm_head.weight":
+                nn.init.zeros_(parameter)
                 continue
             std = self.config.initializer_range
             if ".layers." in name:

@@ -153,7 +153,7 @@ def measure_naive(name: str, model: MiniCPM, ids: Tensor, quality: float) -> Row
     """Recompute the whole sequence for each token."""
     seconds = step_seconds(model, ids, cached=False)
     return Row(
-        f"{name}, naive recompute", model.config.num_parameters(), nbytes(model), None, quality, None, 1 / seconds
+        f"{name}, naive", model.config.num_parameters(), nbytes(model), None, quality, None, 1 / seconds
     )
 
 
@@ -201,9 +201,9 @@ def measure_transformers(console: Console, model: MiniCPM, ids: Tensor) -> Row:
 
 def table(rows: list[Row]) -> Table:
     """The rows as a rich table."""
-    out = Table(title=f"prompt of {PREFILL} tokens, then {DECODE} tokens")
-    for column in ("", "parameters", "weights MB", "cache MB", "bits/byte", "prefill tok/s", "decode tok/s"):
-        out.add_column(column, justify="left" if not column else "right")
+    out = Table(title=f"{PREFILL} tokens of prompt, then {DECODE} new ones; speeds in tokens/s")
+    for column in ("", "params", "weights MB", "cache MB", "bits/byte", "prefill", "decode"):
+        out.add_column(column, justify="left" if not column else "right", no_wrap=not column)
 
     def show(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)

@@ -1,0 +1,207 @@
+"""Weights in the published layout: exact round trips, and every way a folder can be wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minicpm_ref import checkpoint
+from minicpm_ref.card import check_chain
+from minicpm_ref.checkpoint import EMBEDDED, load, save, variants
+from minicpm_ref.config import ModelConfig
+from minicpm_ref.files import replacing
+from minicpm_ref.model import MiniCPM
+
+
+def tiny(tied: bool = False) -> MiniCPM:
+    config = ModelConfig(40, 32, 2, 4, 2, 48, max_position_embeddings=64, tie_word_embeddings=tied)
+    return MiniCPM(config).init_weights(seed=3).eval()
+
+
+def edit(folder, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard_bytes", [2**30, 9000, 1])
+def test_round_trip_is_exact(tmp_path, tied: bool, shard_bytes: int) -> None:
+    model = tiny(tied)
+    save(model, tmp_path, max_shard_bytes=shard_bytes)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard_bytes < 2**30)
+    loaded, tokenizer = load(tmp_path)
+    assert tokenizer is None
+    assert loaded.config == model.config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_stored_type_is_kept_unless_another_is_asked_for(tmp_path, dtype: torch.dtype) -> None:
+    save(tiny(), tmp_path, dtype=dtype)
+    assert load(tmp_path)[0].dtype == dtype
+    assert load(tmp_path, dtype=torch.float32)[0].dtype == torch.float32
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_a_tied_checkpoint_may_repeat_its_embedding_but_not_contradict_it(tmp_path) -> None:
+    save(tiny(tied=True), tmp_path)
+    edit(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    load(tmp_path)
+    edit(tmp_path, lambda t: t["lm_head.weight"].add_(1))
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs"):
+        load(tmp_path)
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(NORM), f"{NORM}.* is missing"),
+        (lambda t: t.update(extra=torch.zeros(1)), "unexpected tensor 'extra'"),
+        (lambda t: t.update({NORM: torch.zeros(31)}), rf"{NORM}.* has shape \(31,\)"),
+        (lambda t: t.update({NORM: torch.zeros(32, dtype=torch.int32)}), f"{NORM}.* is torch.int32"),
+        (lambda t: t.update({NORM: torch.zeros(32, dtype=torch.float64)}), f"{NORM}.* is torch.float64"),
+    ],
+)
+def test_wrong_tensors_are_named(tmp_path, change, message: str) -> None:
+    save(tiny(), tmp_path)
+    edit(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [4, 100, -10])
+def test_a_truncated_file_is_refused(tmp_path, keep: int) -> None:
+    save(tiny(), tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a complete safetensors file"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["../outside.safetensors", "/etc/passwd", "sub/shard.safetensors", "weights.bin"])
+def test_an_index_that_points_outside_its_folder_is_refused(tmp_path, place: str) -> None:
+    save(tiny(), tmp_path, max_shard_bytes=9000)
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][NORM] = place
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="index.json: shard"):
+        load(tmp_path)
+
+
+def test_missing_shards_and_tensors_are_named(tmp_path) -> None:
+    save(tiny(), tmp_path, max_shard_bytes=9000)
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    tensors = load_file(shards[1])
+    name = sorted(tensors)[0]
+    save_file({k: v for k, v in tensors.items() if k != name}, shards[1])
+    with pytest.raises(ValueError, match=f"{shards[1].name}: tensor '{name}' is missing"):
+        load(tmp_path)
+    shards[1].unlink()
+    with pytest.raises(FileNotFoundError, match=shards[1].name):
+        load(tmp_path)
+
+
+def test_a_pickle_is_named_and_never_opened(tmp_path) -> None:
+    save(tiny(), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"x": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin is a pickle"):
+        load(tmp_path)
+
+
+def test_sources_that_do_not_exist_are_refused(tmp_path, monkeypatch) -> None:
+    for source in (tmp_path / "nowhere", "no-such-name", "/a/b"):
+        with pytest.raises(FileNotFoundError, match="no such folder"):
+            load(source)
+    with pytest.raises(ValueError, match="variant 'ternery': expected one of base"):
+        load(variant="ternery")
+    monkeypatch.setenv("MINICPM_WEIGHTS", str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load()
+
+
+def test_the_environment_replaces_the_default(tmp_path, monkeypatch) -> None:
+    model = tiny()
+    save(model, tmp_path)
+    monkeypatch.setenv("MINICPM_WEIGHTS", str(tmp_path))
+    assert load()[0].config == model.config
+    with pytest.raises(ValueError, match="give one or the other"):
+        load(variant="sparse")
+
+
+def test_a_hub_id_is_fetched_as_safetensors_and_json_at_the_given_revision(tmp_path, monkeypatch) -> None:
+    model = tiny()
+    save(model, tmp_path)
+    asked = {}
+
+    def snapshot_download(name: str, **settings: object) -> str:
+        asked.update(settings, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    loaded, _ = load("openbmb/MiniCPM4-0.5B", revision="0123abc")
+    assert loaded.config == model.config
+    assert asked == {"name": "openbmb/MiniCPM4-0.5B", "revision": "0123abc", "allow_patterns": checkpoint.HUB_FILES}
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+
+    def interrupted() -> None:
+        with replacing(target) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+# ---- the embedded weights
+
+
+def test_the_embedded_base_is_what_its_card_says() -> None:
+    model, tokenizer = load()
+    card = json.loads((EMBEDDED / "base" / "card.json").read_text())
+    assert tokenizer is not None
+    assert model.config == ModelConfig.from_dict(card["recipe"]["config"]) == ModelConfig.preset("embedded")
+    assert sum(p.numel() for p in model.parameters()) == card["parameters"]
+    assert 5e6 <= card["parameters"] <= 15e6
+    assert tokenizer.vocab_size == model.config.vocab_size
+    assert (EMBEDDED / "base" / "model.safetensors").stat().st_size <= 32e6
+    assert all(shape[1] % 256 == 0 for shape in model.config.linear_shapes().values())
+    assert model.config.group_size >= 4
+
+
+def test_every_embedded_variant_hangs_on_the_embedded_base() -> None:
+    check_chain()
+
+
+def test_a_variant_of_another_base_is_refused(tmp_path, monkeypatch) -> None:
+    folders = {name: tmp_path / name for name in ("base", "sparse")}
+    for name, folder in folders.items():
+        save(tiny(), folder)
+        digest = checkpoint.sha256_file(folder / "model.safetensors")
+        parent = None if name == "base" else {"name": "base", "weights_sha256": digest}
+        (folder / "card.json").write_text(json.dumps({"weights_sha256": digest, "parent": parent}))
+    monkeypatch.setattr(checkpoint, "EMBEDDED", tmp_path)
+    assert variants() == ["base", "sparse"]
+    check_chain()
+    edit(folders["base"], lambda t: t[NORM].add_(1))  # a better base arrives
+    card = json.loads((folders["base"] / "card.json").read_text())
+    card["weights_sha256"] = checkpoint.sha256_file(folders["base"] / "model.safetensors")
+    (folders["base"] / "card.json").write_text(json.dumps(card))
+    with pytest.raises(ValueError, match="variant 'sparse' was trained from"):
+        check_chain()

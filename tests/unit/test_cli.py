@@ -1,0 +1,131 @@
+"""The command line: each command does its job, errors are one line that says what to do, Ctrl-C is clean."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from minicpm_ref import tour
+from minicpm_ref.checkpoint import load, variants
+from minicpm_ref.cli import app, main, stream_text
+
+runner = CliRunner()
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "minicpm_ref", *arguments], capture_output=True, text=True)
+
+
+def test_help_teaches_every_command() -> None:
+    text = runner.invoke(app, ["--help"]).output
+    for command in ("tour", "generate", "eval", "info", "data", "train"):
+        assert command in text
+        assert len(runner.invoke(app, [command, "--help"]).output) > 300
+
+
+def test_generate_continues_the_prompt_and_repeats_with_the_seed() -> None:
+    arguments = ["generate", "--prompt", "def add(a, b):\\n", "--max-new-tokens", "12", "--seed", "3"]
+    first, second = runner.invoke(app, arguments), runner.invoke(app, arguments)
+    assert first.exit_code == 0
+    assert first.output == second.output
+    assert first.output.startswith("def add(a, b):\n")
+    assert len(first.output) > len("def add(a, b):\n") + 5
+
+
+def test_generate_reads_a_file(tmp_path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("# 你好 [bold]\nimport os\n", "utf-8")
+    result = runner.invoke(app, ["generate", "--prompt-file", str(path), "--max-new-tokens", "2"])
+    assert result.output.startswith("# 你好 [bold]\nimport os\n")  # shown as it is, not as terminal markup
+
+
+def test_eval_measures_a_file_and_the_embedded_sample(tmp_path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("import os\nimport sys\n" * 20)
+    (bits,) = re.findall(r"([\d.]+) bits per byte", runner.invoke(app, ["eval", str(path)]).output)
+    assert 0 < float(bits) < 2
+    sample = runner.invoke(app, ["eval"]).output
+    assert "stdlib" in sample
+    assert all(0.5 < float(value) < 2.5 for value in re.findall(r"([\d.]+) bits per byte", sample))
+
+
+def test_info_predicts_from_a_bandwidth() -> None:
+    output = runner.invoke(app, ["info", "minicpm4.1-8b", "--bandwidth", "100"], env={"COLUMNS": "160"}).output
+    assert "8,185,253,888 parameters" in output
+    # at 16 bits and 1024 tokens: 2 bytes a weight of the layers and the output matrix, 32 KiB of cache a token
+    expected = 100e9 / (2 * (7_583_567_872 + 73448 * 4096) + 1024 * 32768)
+    assert f"{expected:.1f} tok/s" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--variant", "ternery"], "variant 'ternery': expected one of"),
+        (["generate", "--weights", "nowhere"], "nowhere: no such folder"),
+        (["generate", "--prompt", "a", "--prompt-file", "b"], "--prompt and --prompt-file"),
+        (["train", "--recipe", "bass"], "recipe 'bass': expected one of"),
+        (["train", "--corpus", "nowhere"], "minicpm-ref data"),
+        (["info", "nowhere.json"], "nowhere.json: no such file"),
+        (["generate", "--temperature", "-1"], "temperature = -1.0"),
+    ],
+)
+def test_errors_are_one_line_that_names_the_value(arguments: list[str], message: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["minicpm-ref", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_explained() -> None:
+    result = run("generate", "--promt", "x")
+    assert result.returncode == 2
+    assert "--promt" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+def test_ctrl_c_is_clean() -> None:
+    command = [sys.executable, "-m", "minicpm_ref", "generate", "--max-new-tokens", "100000", "--temperature", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.read(40)  # it is generating
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+
+
+def test_a_character_waits_for_its_last_byte() -> None:
+    _, tokenizer = load()
+    assert tokenizer is not None
+    text = "x = '龘🙂'\n"
+    pieces = list(stream_text(tokenizer, tokenizer.encode(text, add_bos=False)))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.slow
+def test_the_tour_measures_every_variant_and_draws_a_picture(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tour, "PREFILL", 48)
+    monkeypatch.setattr(tour, "DECODE", 4)
+    monkeypatch.setattr(tour, "CONTEXTS", (16, 48))
+    console = Console(record=True, width=100)
+    rows = tour.run_tour(console, "import os\n", None, "cpu", tmp_path / "tour.png")
+    names = [row.name for row in rows]
+    for variant in variants():
+        assert {f"{variant}, naive", f"{variant}, cached"} <= set(names)
+    assert "transformers, cached" in names
+    assert all(row.decode > 0 for row in rows)
+    assert (tmp_path / "tour.png").read_bytes().startswith(b"\x89PNG")
+    text = console.export_text()
+    assert "import os" in text
+    assert "notebooks/00_start_here.ipynb" in text

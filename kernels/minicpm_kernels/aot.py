@@ -68,8 +68,8 @@ def configs(kernel: str) -> tuple[CompileConfig, ...]:
     """The configurations in which the kernel named `kernel` must compile. Raises ValueError for an unknown name."""
     for entry in KERNELS:
         if entry.name == kernel:
-            module = importlib.import_module(entry.module)
-            return tuple(config for config in module.COMPILE_CONFIGS if config.kernel == kernel)
+            modules = [importlib.import_module(name) for name in (entry.module, *entry.parts)]
+            return tuple(config for module in modules for config in module.COMPILE_CONFIGS if config.kernel == kernel)
     raise ValueError(f"no kernel is called {kernel!r}; the registry has {[entry.name for entry in KERNELS]}")
 
 
@@ -81,8 +81,9 @@ def compile_config(config: CompileConfig, target: Target) -> Report:
     """
     if interpreting():
         raise RuntimeError("TRITON_INTERPRET is set, so kernels are interpreted; compile in a process without it")
-    module = importlib.import_module(next(entry.module for entry in KERNELS if entry.name == config.kernel))
-    function = getattr(module, config.function)
+    entry = next(entry for entry in KERNELS if entry.name == config.kernel)
+    modules = [importlib.import_module(name) for name in (entry.module, *entry.parts)]
+    function = next(getattr(module, config.function) for module in modules if hasattr(module, config.function))
     names = function.arg_names
     source = ASTSource(
         function,

@@ -22,7 +22,8 @@ class Kernel:
     """One fast function.
 
     `name` is the function's name here, in the reference and in the case table; `module` holds the kernel, `reference`
-    is the module of the function that it must equal.
+    is the module of the function that it must equal. `parts` are modules with pieces of it, which nothing else
+    launches: jitted functions, and unchecked functions that launch them. `widen` multiplies the bounds of the judge.
     """
 
     name: str
@@ -30,6 +31,8 @@ class Kernel:
     reference: str
     language: Literal["triton", "numba"]
     dtypes: tuple[str, ...] = ("float32", "float16")  # of the float arguments, in tests without a GPU
+    parts: tuple[str, ...] = ()
+    widen: float = 1.0  # 1 unless a reason stands beside it
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class CompileConfig:
     """One way in which a jitted Triton function must compile.
 
     - kernel: the public function that launches it (`Kernel.name`)
-    - function: the jitted function in the same module
+    - function: the jitted function in the same module, or in one of its parts
     - label: short name of the configuration, unique for its function
     - signature: argument -> Triton type ("*bf16", "*fp32", "*i32", "i32", "fp32"), for all that are not constexpr
     - constexprs: argument -> value
@@ -57,8 +60,20 @@ class CompileConfig:
     spills: int = 0
 
 
+_SPARSE_PARTS = ("sparse_token", "sparse_union", "sparse_backward")
 KERNELS: tuple[Kernel, ...] = (
     Kernel("rms_norm", "minicpm_kernels.rms_norm", "minicpm_ref.model", "triton"),
     Kernel("add_rms_norm", "minicpm_kernels.rms_norm", "minicpm_ref.fused", "triton"),
     Kernel("ternary_matmul_int8", "minicpm_kernels.ternary_cpu", "minicpm_ref.ternary", "numba"),
+    Kernel("compress_keys", "minicpm_kernels.sparse_select", "minicpm_ref.sparse_attention", "triton"),
+    # lists of 16-bit inputs hang on rounding: test_sparse_select.py compares the scores of what was chosen
+    Kernel("select_blocks", "minicpm_kernels.sparse_select", "minicpm_ref.sparse_attention", "triton", ("float32",)),
+    Kernel(
+        "sparse_attention",
+        "minicpm_kernels.sparse_attention",
+        "minicpm_ref.sparse_attention",
+        "triton",
+        parts=tuple(f"minicpm_kernels.{part}" for part in _SPARSE_PARTS),
+        widen=2.0,  # the rows have logits up to 16, whose last bit is worth 8 eps of the weight
+    ),
 )

@@ -41,6 +41,10 @@ class Bound:
     peak: float
     rms: float
 
+    def widened(self, factor: float) -> Bound:
+        """This bound, `factor` times as wide."""
+        return Bound(self.peak * factor, self.rms * factor)
+
 
 def default_bound(dtype: torch.dtype) -> Bound:
     """The bound for a result computed in float32 and rounded to `dtype` once or twice; see the module docstring."""

@@ -50,7 +50,7 @@ def test_configurations_cover_the_kernel(kernel: Kernel) -> None:
     assert len(labels) == len(set(labels))
 
 
-@pytest.mark.parametrize("module", sorted({kernel.module for kernel in TRITON_KERNELS}))
+@pytest.mark.parametrize("module", sorted({module for k in TRITON_KERNELS for module in (k.module, *k.parts)}))
 def test_every_jitted_function_is_compiled(module: str) -> None:
     """A jitted function that no configuration launches would only be interpreted. Functions that others call need
     none."""

@@ -14,16 +14,17 @@ import pytest
 import torch
 
 from minicpm_kernels.registry import KERNELS, Kernel
-from minicpm_kernels.testing import check_kernel
+from minicpm_kernels.testing import check_kernel, default_bound
 from minicpm_ref.cases import TABLES, Case
 
 
 def rows() -> list[Any]:
-    """One parameter set for every kernel, row and dtype."""
+    """One parameter set for every kernel, row and dtype; rows marked `big` are too slow for the interpreter."""
     return [
         pytest.param(kernel, case, dtype, id=f"{kernel.name}-{case.name}-{dtype}")
         for kernel in KERNELS
         for case in TABLES[kernel.name]
+        if not (kernel.language == "triton" and getattr(case, "big", False))
         for dtype in kernel.dtypes
     ]
 
@@ -33,4 +34,5 @@ def test_kernel_equals_reference(kernel: Kernel, case: Case, dtype: str) -> None
     if kernel.language == "triton":
         pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
     function, reference = (getattr(importlib.import_module(m), kernel.name) for m in (kernel.module, kernel.reference))
-    check_kernel(function, reference, case.build(getattr(torch, dtype)))
+    bound = default_bound(getattr(torch, dtype)).widened(kernel.widen)
+    check_kernel(function, reference, case.build(getattr(torch, dtype)), bound)

@@ -25,15 +25,16 @@ from .tools import NOTEBOOKS, ROOT, code_cells, definitions, package_function, p
 
 # The first notebook is a tour of the others: it uses the package and derives nothing.
 TOURS = {"00_start_here"}
-SUPPORT = {"registry", "testing", "aot", "checks"}  # modules of minicpm_kernels that hold no kernel
+SUPPORT = {"registry", "testing", "aot", "checks", "sparse_arguments"}  # modules of minicpm_kernels that hold no kernel
 
 
 def kernel_functions() -> dict[str, str]:
-    """Public function -> module for everything in `minicpm_kernels` that is not support code and not a jitted
-    kernel."""
+    """Public function -> module for everything in `minicpm_kernels` that is not support code, a jitted kernel or a part
+    of one."""
+    parts = {part.rpartition(".")[2] for kernel in KERNELS for part in kernel.parts}
     found = {}
     for path in sorted((ROOT / "kernels" / "minicpm_kernels").glob("*.py")):
-        if path.stem.startswith("_") or path.stem in SUPPORT:
+        if path.stem.startswith("_") or path.stem in SUPPORT | parts:
             continue
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and not node.decorator_list:

@@ -326,7 +326,7 @@ class Trainer:
 
     # ---- measuring ---------------------------------------------------------------------------------------------------
 
-    def _whole_model(self) -> MiniCPM:
+    def whole_model(self) -> MiniCPM:
         """The bare model, gathered from its shards when there are several."""
         if self.parts == 1:
             assert isinstance(self.model, MiniCPM)
@@ -339,7 +339,7 @@ class Trainer:
 
     def _evaluate(self, console: Console) -> dict[str, float]:
         """Held-out bits per byte on a small fixed sample, and a completion to look at."""
-        model = self._whole_model()
+        model = self.whole_model()
         if self.part > 0:
             return {}
         texts = [document.text for document in small_sample(self.corpus.held_out, 60_000)]
@@ -349,7 +349,7 @@ class Trainer:
         return result
 
     def _finish(self, console: Console) -> dict[str, Any] | None:
-        model = self._whole_model()
+        model = self.whole_model()
         if self.part > 0:
             return None
         console.print("measuring held-out bits per byte by file group")

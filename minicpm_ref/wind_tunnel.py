@@ -66,7 +66,7 @@ def measure(recipe: Recipe, corpus: Corpus, texts: list[str]) -> dict[str, objec
             "parameters": recipe.config.num_parameters(),
             "loss": round(sum(tail) / len(tail), 4),
             "held_out_bits_per_byte": round(
-                bits_per_byte(trainer._whole_model(), corpus.tokenizer, texts, recipe.context), 4
+                bits_per_byte(trainer.whole_model(), corpus.tokenizer, texts, recipe.context), 4
             ),
             "tokens_per_second": round(recipe.tokens / seconds),
         }

@@ -1,12 +1,13 @@
 """The embedded base model: five million parameters, trained on Python source for about an hour of two CPU cores.
 
-Shape and rates come from the wind-tunnel sweep in figures/data/sweep.json. Of the shapes of this size, 4 layers of
-width 256 with 4 query heads on 1 key-value head learn as well as the others and are the fastest. The sweep's short runs
-are nearly flat from a learning rate of 0.01 to 0.02; this run is some forty times longer, so it takes the lower one.
-Every matrix has an input width that is a multiple of 256, which ternary groups of 128 and 256 need.
+Shape and rates come from the wind-tunnel sweep in figures/data/sweep.json. At width 256 the shapes learn alike, and 4
+layers with 4 query heads on 1 key-value head are the fastest; width 512 with 2 layers learns more from each token, but
+runs a quarter slower and leaves little depth to look into. The sweep's short runs are nearly flat from a learning rate
+of 0.01 to 0.02; this run is some thirty times longer, so it takes the lower one. Every matrix has an input width that
+is a multiple of 256, which ternary groups of 128 and 256 need.
 
-A run of this length reads about two thirds of the corpus once, so the corpus is kept to what it can learn from: build it with
-`minicpm-ref data --groups stdlib,numpy,networkx`.
+A run of this length reads about two thirds of the corpus once, so the corpus is kept to what it can learn from: build
+it with `minicpm-ref data --groups stdlib,numpy,networkx`.
 """
 
 from minicpm_ref.config import ModelConfig

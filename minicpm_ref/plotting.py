@@ -63,7 +63,7 @@ _RC: dict[str, Any] = {
 def style() -> dict[str, Any]:
     """The settings of every figure, for `matplotlib.pyplot.rcParams.update` (a notebook) or
     `matplotlib.rc_context`."""
-    from cycler import cycler
+    from matplotlib.rcsetup import cycler
 
     return {**_RC, "axes.prop_cycle": cycler(color=list(COLOURS.values()))}
 

@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-WEIGHTS = {"model.safetensors", "tokenizer.json", "config.json", "card.json", "held_out.jsonl"}
+WEIGHTS = {
+    *(f"base/{name}" for name in ("model.safetensors", "tokenizer.json", "config.json", "card.json")),
+    "held_out.jsonl",
+}
 # What would let an interpreter see the checkout, or other weights, in spite of being installed elsewhere.
 LEAKS = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "MINICPM_WEIGHTS"}
 

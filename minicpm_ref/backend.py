@@ -30,7 +30,7 @@ NATIVE = {"cpu": "numba", "cuda": "triton"}  # device type -> what runs there; R
 
 # operation -> backend -> module that holds the function of that name
 OPERATIONS: dict[str, dict[str, str]] = {
-    "ternary_matmul": {"torch": "minicpm_ref.ternary"},
+    "ternary_matmul": {"torch": "minicpm_ref.ternary", "triton": "minicpm_kernels.ternary_triton"},
     "ternary_matmul_int8": {"torch": "minicpm_ref.ternary", "numba": "minicpm_kernels.ternary_cpu"},
 }
 

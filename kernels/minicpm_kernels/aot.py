@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
             if chosen.label not in (None, config.label):
                 continue
             for name, target in TARGETS.items():
-                if chosen.target not in (None, name):
+                if name not in config.targets or chosen.target not in (None, name):
                     continue
                 report = compile_config(config, target)
                 if chosen.ptx:

@@ -35,6 +35,10 @@ class Kernel:
     widen: float = 1.0  # 1 unless a reason stands beside it
 
 
+NVIDIA = ("sm_80", "sm_90")
+TARGETS = (*NVIDIA, "gfx942")  # the GPUs that kernels are compiled for without having one; see `aot`
+
+
 @dataclass(frozen=True)
 class CompileConfig:
     """One way in which a jitted Triton function must compile.
@@ -47,6 +51,7 @@ class CompileConfig:
     - aligned: integer arguments that are multiples of 16 at launch; Triton compiles that case apart, with wide loads
     - num_warps, num_stages: as at launch
     - spills: register spills (instructions that store and reload) to accept; 0 unless a reason stands beside it
+    - targets: where it runs; NVIDIA for inline assembly
     """
 
     kernel: str
@@ -58,12 +63,14 @@ class CompileConfig:
     num_warps: int = 4
     num_stages: int = 2
     spills: int = 0
+    targets: tuple[str, ...] = TARGETS
 
 
 _SPARSE_PARTS = ("sparse_token", "sparse_union", "sparse_backward")
 KERNELS: tuple[Kernel, ...] = (
     Kernel("rms_norm", "minicpm_kernels.rms_norm", "minicpm_ref.model", "triton"),
     Kernel("add_rms_norm", "minicpm_kernels.rms_norm", "minicpm_ref.fused", "triton"),
+    Kernel("ternary_matmul", "minicpm_kernels.ternary_triton", "minicpm_ref.ternary", "triton"),
     Kernel("ternary_matmul_int8", "minicpm_kernels.ternary_cpu", "minicpm_ref.ternary", "numba"),
     Kernel("compress_keys", "minicpm_kernels.sparse_select", "minicpm_ref.sparse_attention", "triton"),
     # lists of 16-bit inputs hang on rounding: test_sparse_select.py compares the scores of what was chosen

@@ -127,6 +127,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float,
     if a.numel() == 0:
         return 0.0, 0.0
     size = e.square().mean().sqrt().item() or 1.0  # an all-zero reference is compared absolutely
+    size = max(size, torch.finfo(actual.dtype).smallest_normal)  # numbers below it are as far apart as those above
     error = a - e
     return error.abs().max().item() / size, error.square().mean().sqrt().item() / size
 

@@ -28,7 +28,7 @@ def builds() -> list[Any]:
         pytest.param(config, target, id=f"{kernel.name}-{config.label}-{target}")
         for kernel in TRITON_KERNELS
         for config in aot.configs(kernel.name)
-        for target in aot.TARGETS
+        for target in config.targets
     ]
 
 

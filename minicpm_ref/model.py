@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from minicpm_ref import backend
 from minicpm_ref.cache import KVCache
 from minicpm_ref.config import ModelConfig
 from minicpm_ref.sparse_attention import select_blocks, sparse_attention
@@ -174,7 +175,10 @@ class Attention(nn.Module):
         if self.sparse is None or k.shape[2] < self.sparse.dense_len:
             return causal_attention(q, k, v)
         pooled = None if cache is None or cache.compressed is None else cache.compressed.update(self.layer, row, k[0])
-        return sparse_attention(q, k, v, select_blocks(q, k, self.sparse, compressed=pooled), self.sparse)
+        select, attend = select_blocks, sparse_attention
+        if backend.choose("sparse_attention", q.device) == "triton":
+            select, attend = (backend.kernel(name, "triton") for name in ("select_blocks", "sparse_attention"))
+        return attend(q, k, v, select(q, k, self.sparse, compressed=pooled), self.sparse)
 
 
 class SwiGLU(nn.Module):

@@ -83,4 +83,12 @@ KERNELS: tuple[Kernel, ...] = (
         parts=tuple(f"minicpm_kernels.{part}" for part in _SPARSE_PARTS),
         widen=2.0,  # the rows have logits up to 16, whose last bit is worth 8 eps of the weight
     ),
+    Kernel(
+        "sparse_tree_attention",
+        "minicpm_kernels.sparse_attention",
+        "minicpm_ref.sparse_tree",
+        "triton",
+        parts=("minicpm_kernels.sparse_token",),
+        widen=2.0,  # as above
+    ),
 )

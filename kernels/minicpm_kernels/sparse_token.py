@@ -205,8 +205,10 @@ def _configs() -> tuple[CompileConfig, ...]:
         signature |= dict.fromkeys((*steps, "tokens", "keys", "slots", "part"), "i32") | {"scale_log2": "fp32"}
         constexprs: dict[str, object] = {"GROUP": group, "HEADS": 16, "D": width, "BLOCK": block}
         constexprs |= {"N": key_tile(block, torch.bfloat16), "SLOTS": 128, "PARTS": parts, "TREE": tree}
+        kernel = "sparse_tree_attention" if tree else "sparse_attention"
+        spills = 16 if tree else 0  # on AMD: scalar registers, kept in lanes of a vector register and not in memory
         configs.append(
-            CompileConfig("sparse_attention", "_attend_token", label, signature, constexprs, steps, WARPS, STAGES)
+            CompileConfig(kernel, "_attend_token", label, signature, constexprs, steps, WARPS, STAGES, spills)
         )
     merge = {"part_ptr": "*fp32", "part_lse_ptr": "*fp32", "out_ptr": "*bf16", "lse_ptr": "*fp32", "rows": "i32"}
     configs.append(CompileConfig("sparse_attention", "_merge", "split", merge, {"PARTS": 6, "D": 128, "R": 16}))

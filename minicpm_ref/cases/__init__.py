@@ -41,6 +41,7 @@ from minicpm_ref.cases.sparse import (
     SelectBlocksCase,
     SparseAttentionCase,
 )
+from minicpm_ref.cases.sparse_tree import SPARSE_TREE_ATTENTION, SparseTreeCase
 from minicpm_ref.cases.ternary import (
     DEQUANTIZE,
     FAKE_QUANTIZE,
@@ -86,6 +87,7 @@ TABLES: dict[str, Sequence[Case]] = {
     "pick_blocks": PICK_BLOCKS,
     "select_blocks": SELECT_BLOCKS,
     "sparse_attention": SPARSE_ATTENTION,
+    "sparse_tree_attention": SPARSE_TREE_ATTENTION,
     "quantize": QUANTIZE,
     "dequantize": DEQUANTIZE,
     "fake_quantize": FAKE_QUANTIZE,
@@ -115,6 +117,7 @@ __all__ = [
     "ROPE_FREQUENCIES",
     "SELECT_BLOCKS",
     "SPARSE_ATTENTION",
+    "SPARSE_TREE_ATTENTION",
     "TABLES",
     "TERNARY_MATMUL",
     "WSD_FACTOR",
@@ -135,6 +138,7 @@ __all__ = [
     "RopeFrequenciesCase",
     "SelectBlocksCase",
     "SparseAttentionCase",
+    "SparseTreeCase",
     "TernaryMatmulCase",
     "WsdCase",
 ]

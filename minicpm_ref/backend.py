@@ -66,9 +66,13 @@ def kernel(operation: str, backend: str) -> Callable[..., Any]:
 
 def explain(operation: str, device: torch.device | str = "cpu") -> Choice:
     """`choose` together with the reason."""
-    modules = _modules(operation)
     kind = device.type if isinstance(device, torch.device) else device.split(":")[0]
-    wanted = os.environ.get(ENVIRONMENT, "auto").lower()
+    return _explain(operation, kind, os.environ.get(ENVIRONMENT, "auto").lower())
+
+
+@functools.cache  # a layer asks for every product
+def _explain(operation: str, kind: str, wanted: str) -> Choice:
+    modules = _modules(operation)
     if wanted not in BACKENDS:
         raise ValueError(f"{ENVIRONMENT}={wanted}: expected one of {', '.join(BACKENDS)}")
     forced = wanted != "auto"
@@ -112,7 +116,6 @@ def _function(module: str, name: str) -> Callable[..., Any]:
     return function
 
 
-@functools.cache
 def _version(package: str) -> str | None:
     """The installed version, or None; does not import the package."""
     if importlib.util.find_spec(package) is None or importlib.util.find_spec("minicpm_kernels") is None:

@@ -208,9 +208,10 @@ def install_ternary(model: nn.Module, tensors: Mapping[str, Tensor], metadata: M
 def _multiply(x: Tensor, codes: Tensor, scales: Tensor, group_size: int, activations: str | None) -> Tensor:
     """x times the packed matrix, by the implementation that can do it and is the fastest here."""
     kernels = group_size == KERNEL_GROUP_SIZE and not (torch.is_grad_enabled() and x.requires_grad)
-    if activations is None:
-        fast = kernels and backend.choose("ternary_matmul_int8", x.device) == "numba"
-        activations = "int8" if fast else "float"
+    if kernels and activations is None:
+        chosen = backend.choose("ternary_matmul_int8", x.device)
+        if chosen == "numba":
+            return cast(Tensor, backend.kernel("ternary_matmul_int8", chosen)(x, codes, scales, group_size))
     operation = "ternary_matmul_int8" if activations == "int8" else "ternary_matmul"
     chosen = backend.choose(operation, x.device) if kernels else "torch"
     return cast(Tensor, backend.kernel(operation, chosen)(x, codes, scales, group_size))

@@ -37,7 +37,7 @@ from typing import Any
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba import float32, int16, int32, int64, njit, prange, uint8, void
+from numba import carray, float32, int64, njit, prange, types, void
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -317,25 +317,38 @@ def _quantize_token(x, q, q_scales, offsets, first, tokens, token):  # type: ign
         offsets[at] = -total
 
 
+@intrinsic
+def _floats(typing_context, address):  # type: ignore[no-untyped-def]
+    """An int64 address as a pointer to float32, for `carray`."""
+
+    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+        return b.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(float32)(int64), codegen
+
+
 @functools.cache
 def compiled(version: str, parallel: bool) -> Callable[..., None]:
-    """multiply(codes, scales, x, q, q_scales, offsets, y, full, largest, last) for one instruction set.
+    """multiply(x, codes, scales, y, tokens, groups, blocks, full, largest, last) for one instruction set.
 
-    codes uint8 [out / 16, in / 16, 16, 4], scales int16 (the bits) [out / 16, in / 128, 16], x float32 [T, in],
-    y float32 [padded, out]. Tokens go through in `full` tiles of `largest` and one of `last` (0 for none), padded =
-    full * largest + last >= T; rows of y from T on are scratch. q int32 [padded * in / 4], q_scales float32 and
-    offsets int32 [padded * in / 128] are scratch, too.
+    The first four are addresses: x float32 [tokens, 128 * groups], codes uint8 [blocks, 8 * groups, 16, 4], scales
+    float16 [blocks, groups, 16], y float32 [padded, 16 * blocks]. (Unpacking seven arrays costs Python more time than
+    a small product takes.) Tokens go through in `full` tiles of `largest` and one of `last`, 0 for none; padded =
+    full * largest + last >= tokens, and rows of y from `tokens` on are scratch.
     """
 
-    def multiply(codes, scales, x, q, q_scales, offsets, y, full, largest, last):  # type: ignore[no-untyped-def]
-        blocks, groups = scales.shape[0], scales.shape[1]
+    def multiply(x, codes, scales, y, tokens, groups, blocks, full, largest, last):  # type: ignore[no-untyped-def]
         padded = full * largest + last
+        activations = carray(_floats(x), (tokens, groups * GROUP))
+        q = np.empty(padded * groups * (GROUP // 4), np.int32)
+        q_scales = np.empty(padded * groups, np.float32)
+        offsets = np.empty(padded * groups, np.int32)
         for token in prange(padded):
             tile = token // largest
             size = largest if tile < full else last
             first = tile * largest
-            if token < x.shape[0]:
-                _quantize_token(x[token], q, q_scales, offsets, first, size, token - first)
+            if token < tokens:
+                _quantize_token(activations[token], q, q_scales, offsets, first, size, token - first)
             else:
                 for group in range(groups):
                     at = first * groups + group * size + token - first
@@ -343,23 +356,20 @@ def compiled(version: str, parallel: bool) -> Callable[..., None]:
                     offsets[at] = np.int32(0)
         for block in prange(blocks):
             for tile in range(full + (last > 0)):
-                size = largest if tile < full else last
                 first = tile * largest
                 _row_block(
                     version,
-                    size,
-                    codes.ctypes.data + block * groups * (GROUP // 16 * CHUNK),
-                    scales.ctypes.data + block * groups * (2 * ROWS),
+                    largest if tile < full else last,
+                    codes + block * groups * (GROUP // 16 * CHUNK),
+                    scales + block * groups * (2 * ROWS),
                     q.ctypes.data + first * groups * GROUP,
                     q_scales.ctypes.data + first * groups * 4,
                     offsets.ctypes.data + first * groups * 4,
-                    y.ctypes.data + (first * y.shape[1] + block * ROWS) * 4,
+                    y + (first * blocks + block) * (ROWS * 4),
                     groups,
-                    y.shape[1],
+                    blocks * ROWS,
                 )
 
     # numba names its cache files after the function; the flags that it was compiled with are not in their key
     multiply.__qualname__ = f"multiply_{version}_{'parallel' if parallel else 'serial'}"
-    arrays = [uint8[:, :, :, ::1], int16[:, :, ::1], float32[:, ::1], int32[::1], float32[::1], int32[::1]]
-    signature = void(*arrays, float32[:, ::1], int64, int64, int64)
-    return njit(signature, cache=True, nogil=True, parallel=parallel, error_model="numpy")(multiply)
+    return njit(void(*[int64] * 10), cache=True, nogil=True, parallel=parallel, error_model="numpy")(multiply)

@@ -25,8 +25,10 @@ Source of the storage: MiniCPM4 technical report (arXiv 2506.07900) section 3.3.
 
 from __future__ import annotations
 
+import functools
+from typing import NoReturn
+
 import numba
-import numpy as np
 import torch
 from numba.core.codegen import get_host_cpu_features
 
@@ -61,58 +63,66 @@ def ternary_matmul_int8(
 
     Raises ValueError for anything else, other group sizes included, and RuntimeError when a gradient would be needed.
     """
-    _validate(x, codes, scales, group_size)
-    flat = x.detach().reshape(-1, x.shape[-1]).to(torch.float32).contiguous()  # [tokens, in]
-    work = codes.numel() * len(flat)
+    columns = x.shape[-1] if x.ndim else 0
+    blocks = codes.shape[0] if codes.ndim else 0
+    fits = (
+        x.dtype in DTYPES
+        and group_size == GROUP
+        and columns % GROUP == 0
+        and columns > 0
+        and codes.dtype == torch.uint8
+        and scales.dtype == torch.float16
+        and codes.shape == (blocks, columns // 16, ROWS, 4)
+        and scales.shape == (blocks, columns // GROUP, ROWS)
+        and codes.is_contiguous()
+        and scales.is_contiguous()
+        and x.is_cpu
+        and codes.is_cpu
+        and scales.is_cpu
+        and not (x.requires_grad and torch.is_grad_enabled())
+    )
+    if not fits:  # this runs for every layer and token, so the words are put together only when they are needed
+        _refuse(x, codes, scales, group_size)
+    work = codes.numel() * (x.numel() // columns)
     threads = 1 if work < PARALLEL_BYTES else min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    y = _multiply(flat, codes, scales, INSTRUCTION_SET, threads)
-    return y.view(*x.shape[:-1], codes.shape[0] * ROWS).to(x.dtype)
+    y = _multiply(x, codes, scales, INSTRUCTION_SET, threads)
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def _multiply(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, instruction_set: str, threads: int
 ) -> torch.Tensor:
-    """x float32 [tokens, in] -> float32 [tokens, out]."""
-    (tokens, columns), blocks = x.shape, codes.shape[0]
+    """x [..., in] -> float32 [..., out]; nothing is checked."""
+    flat = x.to(torch.float32).contiguous()  # itself, for contiguous float32
+    blocks, groups = codes.shape[0], x.shape[-1] // GROUP
+    tokens = x.numel() // x.shape[-1]
     full, largest, last = _tiles(tokens, INSTRUCTION_SETS[instruction_set].tiles)
     padded = full * largest + last
-    groups = columns // GROUP
-    y = torch.empty(padded, blocks * ROWS, dtype=torch.float32, device="cpu")
-    arguments = (
-        codes.numpy(),
-        scales.view(torch.int16).numpy(),
-        x.numpy(),
-        _scratch(padded * columns // 4, torch.int32),
-        _scratch(padded * groups, torch.float32),
-        _scratch(padded * groups, torch.int32),
-        y.numpy(),
-        full,
-        largest,
-        last,
-    )
+    y = flat.new_empty(padded, blocks * ROWS)
+    addresses = flat.data_ptr(), codes.data_ptr(), scales.data_ptr(), y.data_ptr()
     if threads == 1:
-        compiled(instruction_set, parallel=False)(*arguments)
+        compiled(instruction_set, parallel=False)(*addresses, tokens, groups, blocks, full, largest, last)
     else:
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
         try:
-            compiled(instruction_set, parallel=True)(*arguments)
+            compiled(instruction_set, parallel=True)(*addresses, tokens, groups, blocks, full, largest, last)
         finally:
             numba.set_num_threads(before)
-    return y[:tokens]
+    if padded != tokens:
+        y = y[:tokens]
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], blocks * ROWS)
 
 
-def _scratch(count: int, dtype: torch.dtype) -> np.ndarray:
-    return torch.empty(count, dtype=dtype, device="cpu").numpy()
-
-
+@functools.lru_cache
 def _tiles(tokens: int, sizes: tuple[int, ...]) -> tuple[int, int, int]:
     """(full, largest, last): how many tiles of the largest size, that size, and the size of the last tile or 0."""
     full, rest = divmod(tokens, sizes[-1])
     return full, sizes[-1], next(size for size in sizes if size >= rest) if rest else 0
 
 
-def _validate(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, group_size: int) -> None:
+def _refuse(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, group_size: int) -> NoReturn:
+    """Raise for what `ternary_matmul_int8` cannot do, with the reason."""
     name = "ternary_matmul_int8"
     if group_size != GROUP:
         raise ValueError(f"{name}: group_size {group_size}, expected {GROUP}, which this kernel is compiled for")
@@ -125,5 +135,4 @@ def _validate(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, group_
     blocks, columns = codes.shape[0] if codes.ndim else 0, x.shape[-1]
     require_tensor(name, "codes", codes, (blocks, columns // 16, ROWS, 4), (torch.uint8,), x.device)
     require_tensor(name, "scales", scales, (blocks, columns // GROUP, ROWS), (torch.float16,), x.device)
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise RuntimeError(f"{name} computes no gradient; call it under torch.no_grad(), or use the reference")
+    raise RuntimeError(f"{name} computes no gradient; call it under torch.no_grad(), or use the reference")

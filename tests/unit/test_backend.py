@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,8 +18,11 @@ def automatic(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(backend, "_version", lambda package: None)
+    backend._explain.cache_clear()
+    yield
+    backend._explain.cache_clear()
 
 
 def test_the_cpu_takes_numba_where_there_is_a_kernel() -> None:

@@ -1,0 +1,39 @@
+"""The CPU benchmark of the ternary product runs from one command, and its results say what they were made with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minicpm_ref.plotting import load_results
+
+BENCH = Path(__file__).parents[2] / "kernels" / "bench" / "ternary_matmul.py"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(BENCH), *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_quick_run(tmp_path: Path) -> None:
+    done = run("--quick", "--threads", "1", "--rounds", "1", "--burst", "0", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    results = load_results("ternary_matmul_cpu", tmp_path)
+    assert {row["kind"] for row in results["rows"]} >= {"read_limit", "product"}
+    products = [row for row in results["rows"] if row["kind"] == "product"]
+    assert {row["implementation"] for row in products} >= {"ternary_int8", "torch_float32", "torch_bfloat16"}
+    assert all(0 <= row["error"] < 0.2 and row["min_us"] > 0 for row in products)
+    packed = next(row for row in products if row["implementation"] == "ternary_int8")
+    assert packed["weight_bytes"] == packed["out"] * packed["in"] * 2.125 / 8
+    assert results["settings"]["instruction_set"]
+    assert "ggml" in results["settings"]
+
+
+@pytest.mark.slow
+def test_quick_numbers_are_not_kept() -> None:
+    done = run("--quick")
+    assert done.returncode != 0
+    assert "name another folder" in done.stderr

@@ -64,7 +64,7 @@ test-notebooks: $(READY)  ## notebooks: their contract, and every stored output 
 	$(BIN)/pytest tests/notebooks $(NOTEBOOKS) $(NBVAL) -n $(WORKERS) --dist loadfile
 
 notebooks: $(READY)  ## re-execute every notebook in place
-	for notebook in $(NOTEBOOKS); do $(BIN)/jupyter nbconvert --execute --inplace "$$notebook" || exit 1; done
+	for notebook in $(NOTEBOOKS); do $(BIN)/jupyter nbconvert --execute --inplace --ExecutePreprocessor.record_timing=False "$$notebook" || exit 1; done
 
 figures: $(READY)  ## draw every figure from figures/data/
 	$(BIN)/python figures/draw.py

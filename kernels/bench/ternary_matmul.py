@@ -12,7 +12,8 @@ How it is timed:
 - all implementations take turns, in bursts of a few calls. Each burst begins with a pause and an untimed call: torch,
   numba and ggml each bring their own threads, and those of the last one go on spinning for milliseconds on the cores
   of the next;
-- weights in huge pages for everybody (torch: THP_MEM_ALLOC_ENABLE; numpy asks for them by itself);
+- weights in huge pages for everybody, aligned to cache lines (in a program of your own, THP_MEM_ALLOC_ENABLE=1 makes
+  torch ask for them);
 - minimum and median over all calls; activations are quantized inside the timed call where a method does that;
 - every implementation is checked against float64 first.
 
@@ -24,28 +25,25 @@ Run: python kernels/bench/ternary_matmul.py [--threads 1 2] [--rounds 8] [--quic
 
 from __future__ import annotations
 
-import os
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch when it is imported
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import DATA, cache_bytes, summary, write_results
+from ggml_peer import TYPES, Ggml, GgmlProduct, find_ggml
+from machine_limits import read_limit, vnni_peak
 
-import argparse  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable, Mapping  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from common import DATA, cache_bytes, summary, write_results  # noqa: E402
-from ggml_peer import TYPES, Ggml, GgmlProduct, find_ggml  # noqa: E402
-from machine_limits import read_limit, vnni_peak  # noqa: E402
-
-from minicpm_kernels.ternary_cpu import INSTRUCTION_SET, ternary_matmul_int8  # noqa: E402
-from minicpm_ref.checkpoint import variant_folder, variants  # noqa: E402
-from minicpm_ref.config import ModelConfig  # noqa: E402
-from minicpm_ref.ternary import dequantize  # noqa: E402
-from minicpm_ref.ternary_packing import scales_to_lanes, to_lanes  # noqa: E402
+from minicpm_kernels.ternary_cpu import INSTRUCTION_SET, ternary_matmul_int8
+from minicpm_ref.checkpoint import variant_folder, variants
+from minicpm_ref.config import ModelConfig
+from minicpm_ref.ternary import dequantize
+from minicpm_ref.ternary_packing import scales_to_lanes, to_lanes
 
 SHAPES = {"4096x4096": (4096, 4096), "16384x4096": (16384, 4096), "4096x16384": (4096, 16384)}
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256)
@@ -110,7 +108,15 @@ class Problem:
         return max(2, min(MOST_COPIES, -(-self.rotate_over // size)))
 
     def _copies(self, tensors: tuple[torch.Tensor, ...]) -> list[tuple[torch.Tensor, ...]]:
-        return [tuple(t.clone() for t in tensors) for _ in range(self._count(sum(t.nbytes for t in tensors)))]
+        return [tuple(in_huge_pages(t) for t in tensors) for _ in range(self._count(sum(t.nbytes for t in tensors)))]
+
+
+def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in memory from numpy, which asks for huge pages from 4 MiB on; at a multiple of 64 bytes."""
+    memory = torch.from_numpy(np.empty(tensor.nbytes + 64, np.uint8))
+    start = -memory.data_ptr() % 64
+    copy = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
 
 
 def _torch_candidate(function: Callable[..., torch.Tensor], copies: list[tuple[torch.Tensor, ...]]) -> Candidate:
@@ -231,7 +237,6 @@ def main() -> None:
         "rotate_over_bytes": rotate_over,
         "instruction_set": INSTRUCTION_SET,
         "ggml": ggml.description if ggml else None,
-        "huge_pages": os.environ["THP_MEM_ALLOC_ENABLE"] == "1",
         "seed": 0,
     }
     print(f"wrote {write_results('ternary_matmul_cpu', 'cpu', settings, rows, chosen.out).name}")

@@ -85,6 +85,7 @@ def _tiny_language_model() -> tuple[MiniCPM, Tokenizer]:
         intermediate_size=32,
         max_position_embeddings=64,
         dim_model_base=16,
+        tie_word_embeddings=True,  # an output matrix of its own starts at zero, and uniform predictions hide mistakes
     )
     return MiniCPM(config).init_weights(0).double().eval(), tokenizer
 

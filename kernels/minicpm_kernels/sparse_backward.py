@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minicpm_kernels.registry import CompileConfig
+from minicpm_kernels.registry import NVIDIA, CompileConfig
 from minicpm_kernels.sparse_arguments import LOG2_E, Settings, key_tile, strides
 from minicpm_kernels.sparse_union import member_bits, tile_heads, union_lists
 
@@ -252,13 +252,13 @@ def attend_backward(
     lists = union_lists(bits, first, stop, settings, tile, tokens, slots, count, window=False)
     inputs = (q, k, v, dout, lse, delta, first, stop)
     where = (*strides(q), *strides(k), *strides(v), tokens, keys)
-    step = key_tile(block, q.dtype)
+    step, warps, stages = backward_tile(block, q.dtype, torch.version.hip is not None)
     shape = {"GROUP": group, "HEADS": rows, "D": width, "BLOCK": block, "N": step}
     scale = width**-0.5
     dq = torch.empty(q.shape, dtype=q.dtype, device=device)
     _dq[(triton.cdiv(tokens, tile), groups, batch)](
         *inputs, lists.words, lists.count, dq, *where, lists.words.shape[3], scale, scale * LOG2_E,
-        **shape, T=tile, num_warps=WARPS, num_stages=STAGES,
+        **shape, T=tile, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
     tiles, words = bits.shape[2:]
@@ -277,7 +277,7 @@ def attend_backward(
     per_block = padded // step
     _dkdv[(chunks * per_block, groups, batch)](
         *inputs, tokens_of, owner, start, listed, part_dk, part_dv, *where, chunks, count, scale * LOG2_E,
-        **shape, T=tile, CHUNK=CHUNK, num_warps=WARPS, num_stages=STAGES,
+        **shape, T=tile, CHUNK=CHUNK, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     dk, dv = torch.empty(2, *k.shape, dtype=k.dtype, device=device)
     _reduce[(count * per_block, groups, batch)](
@@ -286,7 +286,13 @@ def attend_backward(
     return dq, dk, dv
 
 
-WARPS, STAGES = 8, 2
+def backward_tile(block_size: int, dtype: torch.dtype, amd: bool) -> tuple[int, int, int]:
+    """(N, num_warps, num_stages) of `_dq` and `_dkdv`. On AMD every warp holds whole operands: half the keys a step, or
+    they spill."""
+    step = key_tile(block_size, dtype)
+    return (min(step, 32), 4, 1) if amd else (step, 8, 2)
+
+
 COLUMN = 256  # tiles a step of _count and _fill
 
 
@@ -309,17 +315,25 @@ def _configs() -> tuple[CompileConfig, ...]:
         inputs |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "first_ptr": "*i32", "stop_ptr": "*i32"}
         inputs |= {"list_ptr": "*i32", "count_ptr": "*i32", "scale_log2": "fp32"}
         inputs |= dict.fromkeys((*steps, "tokens", "keys"), "i32")
-        step = key_tile(block, torch.bfloat16)
-        shape: dict[str, object] = {"GROUP": group, "HEADS": rows, "D": width, "BLOCK": block, "N": step, "T": tile}
         dq = inputs | {"dq_ptr": pointer, "room": "i32", "scale": "fp32"}
-        configs.append(CompileConfig("sparse_attention", "_dq", label, dq, shape, steps, WARPS, STAGES))
         dkdv = inputs | {"owner_ptr": "*i32", "start_ptr": "*i32", "dk_ptr": "*fp32", "dv_ptr": "*fp32"}
         dkdv |= {"chunks": "i32", "blocks": "i32"}
-        configs.append(CompileConfig("sparse_attention", "_dkdv", label, dkdv, shape | chunk, steps, WARPS, STAGES))
         reduce = {"part_dk_ptr": "*fp32", "part_dv_ptr": "*fp32", "start_ptr": "*i32", "count_ptr": "*i32"}
         reduce |= {"dk_ptr": pointer, "dv_ptr": pointer, "keys": "i32", "chunks": "i32", "scale": "fp32"}
-        constexprs = {"D": width, "BLOCK": block, "N": step, **chunk}
-        configs.append(CompileConfig("sparse_attention", "_reduce", label, reduce, constexprs))
+        for name, targets in ((label, NVIDIA), (f"{label}-amd", ("gfx942",))):
+            step, warps, stages = backward_tile(block, torch.bfloat16, targets is not NVIDIA)
+            keys: dict[str, object] = {"D": width, "BLOCK": block, "N": step}
+            shape = keys | {"GROUP": group, "HEADS": rows, "T": tile}
+            for function, signature, constexprs, aligned, *launch in (
+                ("_dq", dq, shape, steps, warps, stages),
+                ("_dkdv", dkdv, shape | chunk, steps, warps, stages),
+                ("_reduce", reduce, keys | chunk, (), 4, 2),
+            ):
+                configs.append(
+                    CompileConfig(
+                        "sparse_attention", function, name, signature, constexprs, aligned, *launch, targets=targets
+                    )
+                )
     return tuple(configs)
 
 

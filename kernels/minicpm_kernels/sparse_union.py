@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minicpm_kernels.registry import CompileConfig
+from minicpm_kernels.registry import NVIDIA, CompileConfig
 from minicpm_kernels.sparse_arguments import LOG2_E, Settings, key_tile, local_reach, strides
 from minicpm_kernels.sparse_token import softmax_step
 
@@ -322,7 +322,8 @@ def attend_union(
     )  # fmt: skip
     _union[(triton.cdiv(tokens, tile), groups, batch)](
         q, k, v, first, stop, lists.words, lists.count, lists.past, seed, seed_lse, out, lse, *where,
-        lists.words.shape[3], scale, **shape, T=tile, num_warps=4, num_stages=2 if q.dtype == torch.float32 else 3,
+        lists.words.shape[3], scale, **shape, T=tile,
+        num_warps=4, num_stages=union_stages(q.dtype, torch.version.hip is not None),
     )  # fmt: skip
     return out, lse
 
@@ -331,6 +332,11 @@ def window_tile(heads: int, block_size: int, dtype: torch.dtype) -> tuple[int, i
     """(T, num_warps, num_stages) of `_window`: 128 rows, inside one query block; 32 for float32, which is unrolled."""
     rows = 32 if dtype == torch.float32 else 128
     return max(1, min(block_size, rows // heads)), 8, 2
+
+
+def union_stages(dtype: torch.dtype, amd: bool) -> int:
+    """num_stages of `_union`: buffers of 32 KB each, as far as shared memory has room (AMD: 64 KB in all)."""
+    return 2 if amd or dtype == torch.float32 else 3
 
 
 def _configs() -> tuple[CompileConfig, ...]:
@@ -360,7 +366,14 @@ def _configs() -> tuple[CompileConfig, ...]:
         configs.append(CompileConfig("sparse_attention", "_window", label, signature, constexprs, steps, warps, stages))
         signature = attend | dict.fromkeys(("list_ptr", "count_ptr", "past_ptr"), "*i32") | {"room": "i32"}
         signature |= {"seed_ptr": "*fp32", "seed_lse_ptr": "*fp32", "out_ptr": f"*{dtype}"}
-        configs.append(CompileConfig("sparse_attention", "_union", label, signature, shape | {"T": tile}, steps, 4, 3))
+        for name, targets in ((label, NVIDIA), (f"{label}-amd", ("gfx942",))):
+            stages = union_stages(torch.bfloat16, targets is not NVIDIA)
+            constexprs = shape | {"T": tile}
+            configs.append(
+                CompileConfig(
+                    "sparse_attention", "_union", name, signature, constexprs, steps, 4, stages, targets=targets
+                )
+            )
     return tuple(configs)
 
 

@@ -1,4 +1,4 @@
-"""Checkers of 03_cache_and_roofline: the context that fits, the speed of a batch, and a stream of whole characters."""
+"""Checkers of 03_cache_and_roofline: tokens for free, the speed of a batch, and a stream of whole characters."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from minicpm_ref.exercises import attempt
 from minicpm_ref.tokenizer import Tokenizer
 
 
-def check_longest_context(longest_context: Callable[..., int]) -> str:
-    """Check `longest_context(config, memory, bytes_per_weight=2, bytes_per_element=2)`."""
+def check_free_tokens(free_tokens: Callable[[ModelConfig, int, float, float], int]) -> str:
+    """Check `free_tokens(config, past, bandwidth, peak)`: tokens that one pass can add while memory is the limit."""
 
     def check() -> None:
         for name in ("minicpm4-0.5b", "minicpm4.1-8b"):
             config = ModelConfig.preset(name)
-            for weight, element in ((2, 2), (0.5, 2), (2, 1)):
-                weights = config.num_parameters() * weight
-                for tokens in (1, 1000, 2**17):
-                    memory = weights + tokens * config.kv_bytes_per_token(element)
-                    found = longest_context(config, memory, weight, element)
-                    assert found == tokens, f"{name}, {weight} bytes a weight: expected {tokens} tokens, got {found}"
-                    assert longest_context(config, memory - 1, weight, element) == tokens - 1, (
-                        "a token fits whole or not"
-                    )
-            assert isinstance(longest_context(config, 64e9), int), "tokens are counted in whole numbers"
-            assert longest_context(config, 1e6) == 0, "the weights alone do not fit: no context at all"
+            for past in (0, 1000, 2**17):
+                for peak in (4e11, 2e12):
+                    found = free_tokens(config, past, 50e9, peak)
+                    assert isinstance(found, int), "tokens are counted in whole numbers"
+                    for count, free in ((found, True), (found + 1, False)):
+                        flops = sum(config.flops_per_token(past + i + 1) for i in range(count))
+                        in_time = flops / peak <= config.decode_bytes(past + count) / 50e9
+                        assert in_time == free, (
+                            f"{name}, past {past}, peak {peak:.0e}: {found} tokens, but {count} would "
+                            + ("be slower than the bytes" if free else "be free as well")
+                        )
+        assert free_tokens(config, 0, 1e15, 1e12) == 0, "endless bandwidth: not even one token is free"
 
-    return attempt("longest_context", check)
+    return attempt("free_tokens", check)
 
 
 def check_decode_rate(decode_rate: Callable[[ModelConfig, int, int, float, float], float]) -> str:

@@ -24,8 +24,8 @@ a result does not depend on which program finished first.
 On AMD and in the interpreter the codes are converted to floats by ordinary operations instead (SUBNORMAL = False),
 with the same planes and the same float32 sums.
 
-Left out: base-3 weights (decoding costs more instructions than the bytes it saves are worth); group sizes other than
-128; skipping zeros (a third of the weights, but an index is larger than two bits); the gradient.
+Left out: base-3 weights (decoding costs more than the bytes it saves); group sizes other than 128; int8 activations;
+skipping zeros (a third of the weights, but an index is larger than two bits); the gradient.
 Source of the storage: MiniCPM4 technical report (arXiv 2506.07900) section 3.3.
 """
 
@@ -192,10 +192,7 @@ def _matmul(
             bits = (words if pair < 5 else words >> 10) & (0x00030003 << (2 * (pair % 5)))
             halves = tl.join(bits.to(tl.int16), (bits >> 16).to(tl.int16)).reshape(TILE, 16)
             x = tl.load(planes_ptr + plane + (pair * groups + group) * 16)  # [16, TOKENS]
-            if SUBNORMAL:
-                weights = halves.to(tl.float16, bitcast=True)
-            else:
-                weights = halves.to(x.dtype)
+            weights = halves.to(tl.float16, bitcast=True) if SUBNORMAL else halves.to(x.dtype)
             sums = tl.dot(weights, x, sums, input_precision="ieee")
         factor = tl.load(factors_ptr + group * padded + token)
         offset = tl.load(sums_ptr + group * padded + token)
@@ -348,9 +345,7 @@ def _validate(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, group_
         raise ValueError(f"{name}: group_size {group_size}, expected {GROUP}, which these kernels are written for")
     require_tensor(name, "x", x, dtypes=DTYPES)
     if x.ndim == 0 or x.numel() == 0 or x.shape[-1] % GROUP:
-        raise ValueError(
-            f"{name}: x has shape {list(x.shape)}, expected [..., in], in a multiple of {GROUP}, not empty"
-        )
+        raise ValueError(f"{name}: x has shape {list(x.shape)}, expected [..., a multiple of {GROUP}], not empty")
     require_tensor(name, "codes", codes, dtypes=(torch.uint8,), device=x.device)
     blocks, columns = codes.shape[0] if codes.ndim else 0, x.shape[-1]
     require_tensor(name, "codes", codes, (max(1, blocks), columns // ROWS, ROWS, 4))
@@ -359,14 +354,14 @@ def _validate(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, group_
 
 
 def _configs() -> tuple[CompileConfig, ...]:
-    """Every kernel as it is launched for matrices of thousands of rows; inline assembly on NVIDIA targets only."""
+    """Every kernel as it is launched for matrices of thousands of rows; subnormal codes on NVIDIA targets only."""
     shared = {"words_ptr": "*i32", "scales_ptr": "*fp16", "factors_ptr": "*fp32", "sums_ptr": "*fp32"}
     name, configs = "ternary_matmul", []
     for x, plane, subnormal in (("bf16", "fp16", True), ("bf16", "fp16", False), ("fp32", "fp32", False)):
         signature = {"x_ptr": f"*{x}", "planes_ptr": f"*{plane}", "factors_ptr": "*fp32", "sums_ptr": "*fp32"}
         signature |= dict.fromkeys(("tokens", "padded", "groups"), "i32")
         label = f"{x}-{'subnormal' if subnormal else 'converted'}"
-        configs.append(CompileConfig(name, "_planes", label, signature, {"SUBNORMAL": subnormal}, ("groups",), 1))
+        configs.append(CompileConfig(name, "_planes", label, signature, {"SUBNORMAL": subnormal}, (), 1))
     for tokens, dtype, subnormal in (
         (1, "bf16", True), (2, "bf16", True), (4, "bf16", True),
         (1, "bf16", False), (4, "bf16", False), (1, "fp16", False),
@@ -392,6 +387,7 @@ def _configs() -> tuple[CompileConfig, ...]:
             CompileConfig(
                 name, "_matmul", f"M{width}-{short}-{'subnormal' if subnormal else 'converted'}", signature,
                 {"TOKENS": width, "TILE": tile, "SUBNORMAL": subnormal}, ("padded", "rows", "groups"), warps, 3,
+                targets=NVIDIA if subnormal else TARGETS,
             )  # fmt: skip
         )
     signature = {"partial_ptr": "*fp32", "out_ptr": "*bf16", "count": "i32"}

@@ -51,9 +51,9 @@ def test_each_kernel_and_both_ways_to_read_codes(
 
 def test_a_nan_stays_in_its_token() -> None:
     from minicpm_kernels.ternary_triton import ternary_matmul
-    from minicpm_kernels.testing import check_kernel
+    from minicpm_kernels.testing import assert_close
 
     for tokens in (2, 5):
         x, codes, scales, group = TernaryMatmulCase("row", (tokens,), 4096, 4096).build(torch.bfloat16, "cuda")
         x[1, 7] = torch.nan
-        check_kernel(ternary_matmul, reference, (x, codes, scales, group))
+        assert_close(ternary_matmul(x, codes, scales, group), reference(x.double(), codes, scales, group))

@@ -51,7 +51,7 @@ class CompileConfig:
     - aligned: integer arguments that are multiples of 16 at launch; Triton compiles that case apart, with wide loads
     - num_warps, num_stages: as at launch
     - spills: register spills (instructions that store and reload) to accept; 0 unless a reason stands beside it
-    - targets: where it runs; NVIDIA for inline assembly
+    - targets: where it is launched; NVIDIA alone for inline assembly
     """
 
     kernel: str

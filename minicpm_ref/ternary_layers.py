@@ -71,7 +71,7 @@ class TernaryLinear(nn.Module):
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, matrix: TernaryTensor, activations: str | None = None, name: str = "codes"):
+    def __init__(self, matrix: TernaryTensor, activations: str | None = None, name: str = "weight"):
         super().__init__()
         if activations not in (None, "float", "int8"):
             raise ValueError(f'activations {activations!r}: expected "float", "int8" or None')
@@ -79,7 +79,7 @@ class TernaryLinear(nn.Module):
         self.group_size = matrix.group_size
         self.activations = activations
         self.register_buffer("codes", to_lanes(matrix.codes, name))
-        self.register_buffer("scales", scales_to_lanes(matrix.scales))
+        self.register_buffer("scales", scales_to_lanes(matrix.scales, f"scales of {name}"))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""

@@ -116,9 +116,14 @@ def from_lanes(packed: Tensor, name: str = "codes") -> Tensor:
     return rows.to(torch.int8) - 1
 
 
-def scales_to_lanes(scales: Tensor) -> Tensor:
-    """Scales [out, in / g] in the kernels' layout [out / 16, in / g, 16]: those of one group are one vector."""
-    _check_lanes(scales.shape[0], LANES, "scales")
+def scales_to_lanes(scales: Tensor, name: str = "scales") -> Tensor:
+    """Scales [out, in / g] in the kernels' layout [out / 16, in / g, 16]: those of one group are one vector.
+
+    Raises ValueError, naming the tensor, for a scale that is negative or not finite: kernels do not look at the sign
+    bit.
+    """
+    _check_lanes(scales.shape[0], LANES, name)
+    _refuse_scale(scales, name)
     return rearrange(scales, "(block row) group -> block group row", row=LANES).contiguous()
 
 
@@ -309,6 +314,11 @@ def _check_lanes(rows: int, columns: int, name: str) -> None:
 def _check_scales(scales: Tensor, shape: tuple[int, int], name: str) -> None:
     if scales.dtype != torch.float16 or tuple(scales.shape) != shape:
         raise ValueError(f"{name}: {scales.dtype} {list(scales.shape)}, expected float16 {list(shape)}")
-    wrong = ~scales.isfinite()
+    _refuse_scale(scales, name)
+
+
+def _refuse_scale(scales: Tensor, name: str) -> None:
+    wrong = ~scales.isfinite() | (scales < 0)
     if bool(wrong.any()):
-        raise ValueError(f"{name}: {float(scales[wrong][0])} at {wrong.nonzero()[0].tolist()}, expected a finite scale")
+        position = wrong.nonzero()[0].tolist()
+        raise ValueError(f"{name}: {float(scales[wrong][0])} at {position}, expected a finite scale, not negative")

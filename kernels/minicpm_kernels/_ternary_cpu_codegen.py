@@ -64,14 +64,14 @@ def _splat(b: Value, scalar: Value, lanes: int) -> Value:
     return b.shuffle_vector(first, undefined, _fill(_vector(I32, lanes), 0))
 
 
-def _pointer(b: Value, base: Value, offset: Value | int) -> Value:
-    """An address `offset` bytes after `base`; both int64."""
+def _pointer(b: Value, base: Value, offset: Value | int, kind: Value) -> Value:
+    """The address `offset` bytes after `base`, both int64, as a pointer to `kind`."""
     offset = ir.Constant(I64, offset) if isinstance(offset, int) else offset
-    return b.inttoptr(b.add(base, offset), ir.PointerType())
+    return b.inttoptr(b.add(base, offset), kind.as_pointer())
 
 
 def _load(b: Value, base: Value, offset: Value | int, kind: Value, align: int = 1) -> Value:
-    load = b.load(_pointer(b, base, offset), typ=kind)
+    load = b.load(_pointer(b, base, offset, kind))
     load.align = align  # the default is the natural alignment of the vector, which nobody promises
     return load
 
@@ -278,7 +278,7 @@ def _emit_tile(
                 b.store(b.fadd(b.load(y_sum), b.fmul(b.sitofp(dot, floats), factor)), y_sum)
     for (token, part), y_sum in y_sums.items():
         row = b.add(_times(b, stride, 4 * token), ir.Constant(I64, 4 * lanes * part))
-        store = b.store(b.load(y_sum), _pointer(b, y, row))
+        store = b.store(b.load(y_sum), _pointer(b, y, row, floats))
         store.align = 4
 
 

@@ -26,6 +26,7 @@ Source of the storage: MiniCPM4 technical report (arXiv 2506.07900) section 3.3.
 from __future__ import annotations
 
 import functools
+import threading
 from typing import NoReturn
 
 import numba
@@ -37,6 +38,7 @@ from minicpm_kernels.checks import require_tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PARALLEL_BYTES = 1 << 18  # packed bytes times tokens from which several threads pay
+_ONE_AT_A_TIME = threading.Lock()  # numba's own thread pool, used where there is no OpenMP, dies of two callers
 
 
 def _supported() -> list[str]:
@@ -57,9 +59,9 @@ def ternary_matmul_int8(
     `minicpm_ref.ternary.ternary_matmul_int8`.
 
     x float32, float16 or bfloat16; codes uint8 [out / 16, in / 16, 16, 4] and scales float16 [out / 16, in / 128, 16]
-    in the rows-in-lanes layout, contiguous; all on the CPU. Code bytes are not checked: a pair of bits that is 3
-    counts as weight 2. Returns [..., out] in x's dtype, the same bits as the reference on any CPU and with any number
-    of threads.
+    in the rows-in-lanes layout, contiguous; all on the CPU. Contents are not checked: a pair of bits that is 3 counts
+    as weight 2, and scales must be finite and not negative (`minicpm_ref.ternary_packing` sees to both). Returns
+    [..., out] in x's dtype, the same bits as the reference on any CPU and with any number of threads.
 
     Raises ValueError for anything else, other group sizes included, and RuntimeError when a gradient would be needed.
     """
@@ -103,12 +105,13 @@ def _multiply(
     if threads == 1:
         compiled(instruction_set, parallel=False)(*addresses, tokens, groups, blocks, full, largest, last)
     else:
-        before = numba.get_num_threads()
-        numba.set_num_threads(threads)
-        try:
-            compiled(instruction_set, parallel=True)(*addresses, tokens, groups, blocks, full, largest, last)
-        finally:
-            numba.set_num_threads(before)
+        with _ONE_AT_A_TIME:
+            before = numba.get_num_threads()
+            numba.set_num_threads(threads)
+            try:
+                compiled(instruction_set, parallel=True)(*addresses, tokens, groups, blocks, full, largest, last)
+            finally:
+                numba.set_num_threads(before)
     if padded != tokens:
         y = y[:tokens]
     return y if x.ndim == 2 else y.view(*x.shape[:-1], blocks * ROWS)

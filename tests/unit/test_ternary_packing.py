@@ -122,6 +122,11 @@ def test_padding_must_be_zero() -> None:
         (lambda: to_lanes(random_codes(16, 24), "q_proj"), "q_proj: 16 x 24, expected multiples of 16"),
         (lambda: to_lanes(random_codes(8, 16), "q_proj"), "q_proj: 8 x 16"),
         (
+            lambda: scales_to_lanes(torch.full((16, 2), -1.0)),
+            r"scales: -1.0 at \[0, 0\], expected a finite scale, not neg",
+        ),
+        (lambda: scales_to_lanes(torch.full((16, 2), torch.nan)), r"scales: nan at \[0, 0\]"),
+        (
             lambda: from_lanes(torch.zeros(1, 1, 4, 16, dtype=torch.uint8)),
             r"expected uint8 \[out / 16, in / 16, 16, 4\]",
         ),

@@ -5,7 +5,7 @@ Prediction: the work is bound by bytes. rms_norm moves 2 C numbers a row, add_rm
 operation at a time, moves each intermediate twice. The rows record the bytes that must move, so that the figure shows
 bandwidth reached against the bandwidth of a plain copy of the same size, which is measured in the same run.
 
-Run: python kernels/bench/bench_rms_norm.py [--device cuda] [--rounds 20]. On a CPU the Triton kernel is left out.
+Run: python kernels/bench/rms_norm.py [--device cuda] [--rounds 20]. On a CPU the Triton kernel is left out.
 """
 
 from __future__ import annotations

@@ -144,6 +144,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, kv_width, bias=False)
         self.v_proj = nn.Linear(width, kv_width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
+        self.qkv_proj: nn.Module | None = None  # q, k and v in one product, once `ternary_layers` has merged them
         self.head_dim = config.head_dim
         self.sparse = config.sparse_config
         self.layer = layer
@@ -153,10 +154,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x [B, T, C] -> [B, T, C]. `rope` is (cos, sin) [B, 1, T, D/2]; without `segments` every row is one whole
         sequence."""
-        q, k, v = (
-            rearrange(proj(x), "b t (h d) -> b h t d", d=self.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        qkv = (self.q_proj(x), self.k_proj(x), self.v_proj(x)) if self.qkv_proj is None else self.qkv_proj(x)
+        q, k, v = (rearrange(part, "b t (h d) -> b h t d", d=self.head_dim) for part in qkv)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if segments is None:
             out = self._attend(q, k, v)
@@ -189,10 +188,12 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj: nn.Module | None = None  # gate and up in one product, once `ternary_layers` has merged them
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, C] -> [B, T, C]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = (self.gate_proj(x), self.up_proj(x)) if self.gate_up_proj is None else self.gate_up_proj(x)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):

@@ -326,3 +326,13 @@ def test_reserved_attributes_are_filled() -> None:
         gate, up = layer.gate_up_proj(x)
         assert torch.equal(gate, layer.gate_proj(x))
         assert torch.equal(up, layer.up_proj(x))
+
+
+def test_the_decoder_multiplies_by_merged_projections(model: MiniCPM) -> None:
+    layer = to_ternary(copy.deepcopy(model)).model.layers[0]
+    assert isinstance(layer.self_attn.qkv_proj, MergedTernaryLinear)
+    assert isinstance(layer.mlp.gate_up_proj, MergedTernaryLinear)
+    x = torch.randn(1, 3, model.config.hidden_size)
+    before = layer.mlp(x)
+    layer.mlp.gate_up_proj = None  # the parts alone give the same
+    torch.testing.assert_close(layer.mlp(x), before, atol=1e-6, rtol=1e-5)

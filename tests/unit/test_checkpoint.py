@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from fresh import fresh_model
 from safetensors.torch import load_file, save_file
 
 from minicpm_ref import checkpoint
@@ -19,7 +20,7 @@ from minicpm_ref.model import MiniCPM
 
 def tiny(tied: bool = False) -> MiniCPM:
     config = ModelConfig(40, 32, 2, 4, 2, 48, max_position_embeddings=64, tie_word_embeddings=tied)
-    return MiniCPM(config).init_weights(seed=3).eval()
+    return fresh_model(config, seed=3)
 
 
 def edit(folder, change) -> None:

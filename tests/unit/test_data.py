@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh import fresh_model
 
 from minicpm_ref.config import ModelConfig
 from minicpm_ref.data import Corpus, Document, bits_per_byte, build_corpus, find_roots, small_sample
-from minicpm_ref.model import MiniCPM
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_batches_are_a_function_of_seed_and_step_and_can_be_shared(corpus: Corpu
 
 def test_bits_per_byte_counts_every_token_once(corpus: Corpus) -> None:
     config = ModelConfig(500, 32, 2, 4, 2, 48, max_position_embeddings=64)
-    model = MiniCPM(config).init_weights(seed=3)
+    model = fresh_model(config, seed=3)
     texts = ["def f(x):\n    return x\n" * 9, "你好", "x", ""]
     nats = 0.0
     for text in texts:
@@ -112,7 +112,7 @@ def test_bits_per_byte_counts_every_token_once(corpus: Corpus) -> None:
 
 def test_a_uniform_model_needs_the_entropy_of_its_vocabulary(corpus: Corpus) -> None:
     config = ModelConfig(500, 32, 2, 4, 2, 48, max_position_embeddings=64)
-    model = MiniCPM(config).init_weights(seed=3)
+    model = fresh_model(config, seed=3)
     torch.nn.init.zeros_(model.lm_head.weight)
     text = "def f(x):\n    return x\n"
     tokens = len(corpus.tokenizer.encode(text, add_bos=False))

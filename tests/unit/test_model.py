@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fresh import fresh_model
 
 from minicpm_ref.cache import KVCache
 from minicpm_ref.config import LongRope, ModelConfig
@@ -33,7 +34,7 @@ def config(heads: int, kv_heads: int, tied: bool, long_rope: bool) -> ModelConfi
 
 
 def build(heads: int = 4, kv_heads: int = 2, tied: bool = False, long_rope: bool = False) -> MiniCPM:
-    return MiniCPM(config(heads, kv_heads, tied, long_rope)).init_weights(seed=1).eval()
+    return fresh_model(config(heads, kv_heads, tied, long_rope), seed=1)
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -171,3 +172,8 @@ def test_rotation_keeps_length_and_depends_on_distance_only() -> None:
 def test_bad_input_is_refused_in_words(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(build())
+
+
+def test_an_output_matrix_starts_at_zero_so_the_first_prediction_is_uniform() -> None:
+    assert (MiniCPM(config(4, 2, False, False)).init_weights(0)(tokens(1, 5)) == 0).all()
+    assert (MiniCPM(config(4, 2, True, False)).init_weights(0)(tokens(1, 5)) != 0).any()

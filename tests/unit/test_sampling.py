@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fresh import fresh_model
 from scipy.stats import chisquare
 
 from minicpm_ref.config import ModelConfig
@@ -15,7 +16,7 @@ LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -4.0])
 
 def tiny_model() -> MiniCPM:
     config = ModelConfig(50, 32, 2, 4, 2, 48, max_position_embeddings=64)
-    return MiniCPM(config).init_weights(seed=3).eval()
+    return fresh_model(config, seed=3)
 
 
 def test_greedy_takes_the_first_maximum() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fresh import fresh_model
 
 from minicpm_ref import model as model_module
 from minicpm_ref.cache import KVCache
@@ -32,7 +33,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def build(sparse: SparseConfig | None = SPARSE, **changes) -> MiniCPM:
-    return MiniCPM(replace(CONFIG, sparse_config=sparse, **changes)).init_weights(seed=3)
+    return fresh_model(replace(CONFIG, sparse_config=sparse, **changes), seed=3)
 
 
 def tokens(count: int = TOKENS, seed: int = 0) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import signal
 import subprocess
@@ -94,7 +95,9 @@ def test_an_unknown_option_is_explained() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
 def test_ctrl_c_is_clean() -> None:
     command = [sys.executable, "-m", "minicpm_ref", "generate", "--max-new-tokens", "100000", "--temperature", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # a job that a shell started in the background ignores SIGINT, and hands that down
+    restore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=restore)
     assert process.stdout is not None
     process.stdout.read(40)  # it is generating
     time.sleep(0.2)

@@ -50,8 +50,8 @@ from minicpm_ref.sampling import SamplingParams, generate
 from minicpm_ref.tokenizer import Tokenizer
 
 PROMPTS = (
-    "import os\nimport sys\n\n\ndef main():\n",
-    "class Counter:\n    def __init__(self, items):\n",
+    "import os\nimport sys\n\n\ndef main():",
+    "class Counter:\n    def __init__(self, items):",
     'def read_file(path):\n    """',
 )
 

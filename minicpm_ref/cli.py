@@ -35,7 +35,7 @@ Source = Annotated[
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
 Prompt = Annotated[
     str | None,
-    typer.Option(help="Text to continue. End it without a line break: one token holds a break and the next indentation."),
+    typer.Option(help="Text to continue. End without a line break: one token holds a break and an indentation."),
 ]
 PromptFile = Annotated[Path | None, typer.Option(help="File whose text is continued; of a long one, the end.")]
 DEFAULT_PROMPT = "import os\nimport sys\n\n\nclass Reader:\n    def __init__(self, path):"

@@ -35,7 +35,7 @@ from minicpm_kernels.registry import NVIDIA, CompileConfig
 from minicpm_kernels.sparse_arguments import LOG2_E, Settings, key_tile, local_reach, strides
 from minicpm_kernels.sparse_token import softmax_step
 
-CHUNK = 512  # blocks a step of _pack
+CHUNK = 1024  # bits a step of _pack
 
 
 @triton.jit
@@ -284,7 +284,7 @@ def union_lists(
     whole = torch.empty(batch, groups, tokens if window else 0, dtype=torch.int32, device=device)
     _pack[(tiles, groups, batch)](
         bits, first, stop, lists, counts, past, whole, tokens, count, words, room, settings.init_blocks,
-        local_reach(settings), T=tile, BLOCK=settings.block_size, C=min(CHUNK, triton.next_power_of_2(count)),
+        local_reach(settings), T=tile, BLOCK=settings.block_size, C=min(CHUNK // tile, triton.next_power_of_2(count)),
         WINDOW=window,
     )  # fmt: skip
     return UnionLists(lists, counts, past, whole, tile)
@@ -352,7 +352,7 @@ def _configs() -> tuple[CompileConfig, ...]:
         pointers = ("bits_ptr", "first_ptr", "stop_ptr", "list_ptr", "count_ptr", "past_ptr", "whole_ptr")
         pack = dict.fromkeys(pointers, "*i32") | {name: counts[name] for name in counts if name != "slots"}
         for window in (True, False):
-            constexprs: dict[str, object] = {"T": tile, "BLOCK": block, "C": CHUNK, "WINDOW": window}
+            constexprs: dict[str, object] = {"T": tile, "BLOCK": block, "C": CHUNK // tile, "WINDOW": window}
             name = label if window else f"{label}-all"
             configs.append(CompileConfig("sparse_attention", "_pack", name, pack, constexprs))
         attend = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}")

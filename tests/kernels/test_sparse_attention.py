@@ -120,6 +120,17 @@ def test_gradients(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
         assert_close(ours, theirs, bound, what)
 
 
+def test_long_rows_of_bits_are_walked_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Along a row (blocks of a tile) and along a column (tiles of a block) there may be more than one step holds."""
+    arguments = ROWS["chunk-at-an-offset"].build()
+    whole = gradients(sparse_attention, arguments, torch.float32)
+    monkeypatch.setattr(sparse_union, "CHUNK", 32)
+    monkeypatch.setattr(sparse_backward, "COLUMN", 2)
+    monkeypatch.setattr(sparse_backward, "CHUNK", 4)
+    for ours, theirs in zip(gradients(sparse_attention, arguments, torch.float32), whole, strict=True):
+        assert_close(ours, theirs)
+
+
 def test_gradients_of_lists_without_forced_blocks() -> None:
     case = SparseAttentionCase("random", 40, 90, random_lists=True)
     expected = gradients(reference.sparse_attention, case.build(), torch.float64)

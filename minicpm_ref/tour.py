@@ -262,7 +262,8 @@ def show_info(console: Console, config: ModelConfig, name: str, bandwidth: float
         f"[bold]{name}[/bold]: {config.num_parameters():,} parameters "
         f"({config.num_parameters(embeddings=False):,} without embeddings).\n"
         f"Decoding at batch 1 reads every weight and the cache once a token, so at {speed:.1f} GB/s "
-        f"({'measured here, the best of five passes over 256 MB' if measured else 'as given'}) no program can be faster than:"
+        f"({'measured here, the best of five passes over 256 MB' if measured else 'as given'}) "
+        "no program can be faster than:"
     )
     sizes = Table("context", "KV cache (16 bit)", "GFLOP/token", "16-bit weights", "4-bit", "ternary (1.73 bit)")
     contexts = sorted({min(n, config.max_position_embeddings) for n in (1024, 8192, 32768, 131072)})

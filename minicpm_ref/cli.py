@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from minicpm_ref.config import PRESETS, ModelConfig
+from minicpm_ref.tokenizer import stream_text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -197,19 +198,6 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         raise ValueError("--prompt and --prompt-file were both given; expected one")
     text = prompt_file.read_text("utf-8") if prompt_file else prompt if prompt is not None else DEFAULT_PROMPT
     return text.replace("\\n", "\n") if prompt is not None else text
-
-
-def stream_text(tokenizer, tokens):  # type: ignore[no-untyped-def]
-    """Pieces of text as tokens arrive; a character whose bytes are not complete yet waits for the rest."""
-    ids: list[int] = []
-    shown = 0
-    for token in tokens:
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):
-            yield text[shown:]
-            shown = len(text)
-    yield tokenizer.decode(ids)[shown:]
 
 
 def main() -> None:

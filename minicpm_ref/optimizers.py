@@ -19,7 +19,10 @@ from minicpm_ref.config import ModelConfig
 
 
 def wsd_factor(step: int, steps: int, warmup_steps: int, decay_steps: int) -> float:
-    """Learning-rate factor in [0, 1]: linear warmup, constant, then linear decay that would reach 0 at `steps`."""
+    """Learning-rate factor in [0, 1]: linear warmup, constant, then linear decay that would reach 0 at `steps`.
+
+    `step` counts from 0 and is less than `steps`.
+    """
     return min(1.0, (step + 1) / max(1, warmup_steps), (steps - step) / max(1, decay_steps))
 
 
@@ -31,7 +34,7 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     float32 on a CPU.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.to(torch.promote_types(matrices.dtype, torch.float32))
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)

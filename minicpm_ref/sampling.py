@@ -47,7 +47,7 @@ def process_logits(logits: Tensor, params: SamplingParams) -> Tensor:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     logits = logits / params.temperature
     if 0 < params.top_k < logits.shape[-1]:
-        keep = logits.topk(params.top_k, dim=-1).indices
+        keep = logits.sort(dim=-1, descending=True, stable=True).indices[..., : params.top_k]  # ties: the lower id
         logits = torch.full_like(logits, -torch.inf).scatter(-1, keep, logits.gather(-1, keep))
     probabilities = logits.softmax(-1)
     if params.top_p < 1:

@@ -14,7 +14,7 @@ template. Sources: Sennrich et al., arXiv 1508.07909; the ids and turns publishe
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
@@ -145,3 +145,16 @@ class Tokenizer:
             opening = "assistant\n" + ("<think>\n\n</think>\n\n" if enable_thinking is False else "")
             ids += [turn, *self.encode(opening, add_bos=False)]
         return ids
+
+
+def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """Pieces of text as `tokens` arrive; a character whose bytes are not complete yet waits for the rest."""
+    ids: list[int] = []
+    shown = 0
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            yield text[shown:]
+            shown = len(text)
+    yield tokenizer.decode(ids)[shown:]

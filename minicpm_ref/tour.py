@@ -28,7 +28,7 @@ from minicpm_ref.config import ModelConfig
 from minicpm_ref.data import bits_per_byte, read_held_out
 from minicpm_ref.model import MiniCPM
 from minicpm_ref.sampling import SamplingParams, generate
-from minicpm_ref.tokenizer import Tokenizer
+from minicpm_ref.tokenizer import Tokenizer, stream_text
 
 PREFILL, DECODE = 512, 32  # tokens of the timed prompt and of the timed continuation
 CONTEXTS = (64, 128, 256, 512)  # lengths at which the picture shows the cost of one more token
@@ -93,8 +93,6 @@ def describe(model: MiniCPM, weights: str | None, device: str) -> Panel:
 
 def stream(console: Console, model: MiniCPM, tokenizer: Tokenizer, prompt: str, tokens: int = 120) -> None:
     """Print `prompt` and a seeded completion, token by token; of a long prompt only the end is used and shown."""
-    from minicpm_ref.cli import stream_text
-
     ids = tokenizer.encode(prompt, add_bos=False)[-PREFILL:]
     shown = tokenizer.decode(ids)
     console.rule("a completion: yours first, then the model's")

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from minicpm_ref import tour
 from minicpm_ref.checkpoint import load, variants
-from minicpm_ref.cli import app, main, stream_text
+from minicpm_ref.cli import app, main
+from minicpm_ref.tokenizer import stream_text
 
 runner = CliRunner()
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from minicpm_ref.cli import stream_text
 from minicpm_ref.config import ModelConfig
 from minicpm_ref.exercises import nb02, nb03
 from minicpm_ref.optimizers import orthogonalize
+from minicpm_ref.tokenizer import stream_text
 
 
 def untouched(*_: object) -> Any:

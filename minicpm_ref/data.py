@@ -80,13 +80,16 @@ def find_roots(groups: Sequence[str] | None = None) -> dict[str, Path]:
 
 
 def read_documents(group: str, root: Path) -> Iterator[Document]:
-    """Every non-empty UTF-8 `.py` file below `root`, in path order; installed packages inside the standard library are
-    skipped."""
+    """Every non-empty UTF-8 `.py` file below `root`, in path order.
+
+    Skipped are packages installed inside the standard library, and its `config-*` folder, whose files are generated
+    with paths of the machine.
+    """
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if {"site-packages", "dist-packages", "__pycache__"} & set(
-            relative.parts
-        ) or path.stat().st_size > LARGEST_FILE:
+        if {"site-packages", "dist-packages", "__pycache__"} & set(relative.parts) or relative.match("config-*/*"):
+            continue
+        if path.stat().st_size > LARGEST_FILE:
             continue
         try:
             text = path.read_text("utf-8")

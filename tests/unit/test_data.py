@@ -28,6 +28,8 @@ def sources(tmp_path_factory):
     (root / "latin.py").write_bytes(b"x = '\xe9'\n")
     (root / "table.py").write_text("x = 1\n" * 50_000)
     (root / "notes.txt").write_text("not Python")
+    (root / "config-3.99-x86_64").mkdir()
+    (root / "config-3.99-x86_64" / "generated.py").write_text("prefix = 'of this machine'\n")
     (root / "site-packages").mkdir()
     (root / "site-packages" / "other.py").write_text("installed = True\n")
     return root
@@ -43,6 +45,7 @@ def test_files_are_filtered_deduplicated_and_listed(corpus: Corpus) -> None:
     assert len(paths) == 121
     assert len(paths & {"copy.py", "module_3.py"}) == 1
     assert not paths & {"empty.py", "latin.py", "table.py", "notes.txt", "site-packages/other.py"}
+    assert not any(path.startswith("config-") for path in paths)
     assert corpus.manifest["licences"] == {"stdlib": "PSF-2.0"}
     sizes = corpus.manifest["bytes"]
     assert sum(sizes.values()) == sum(file["bytes"] for file in corpus.manifest["files"])

@@ -107,15 +107,43 @@ def stream(console: Console, model: MiniCPM, tokenizer: Tokenizer, prompt: str, 
     console.rule()
 
 
+def clock() -> float:
+    """Seconds, once everything that was asked of a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def median_seconds(action: Callable[[], object], repeats: int = 3) -> float:
     """Median time of `action`, after one call to warm up."""
     action()
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         action()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return statistics.median(times)
+
+
+def median_speeds(
+    begin: Callable[[], Callable[[Tensor], Tensor]], ids: Tensor, repeats: int = 3
+) -> tuple[float, float]:
+    """Median tokens/s of reading `ids` [1, T] and of greedy decoding after it, after one run to warm up.
+
+    `begin` empties the cache and returns a function from new ids to their logits.
+    """
+    prefill, decode = [], []
+    for _ in range(repeats + 1):
+        forward = begin()
+        times = [clock()]
+        token = forward(ids)[:, -1].argmax(-1, keepdim=True)
+        times.append(clock())
+        for _ in range(DECODE):
+            token = forward(token)[:, -1].argmax(-1, keepdim=True)
+        times.append(clock())
+        prefill.append(ids.shape[1] / (times[1] - times[0]))
+        decode.append(DECODE / (times[2] - times[1]))
+    return statistics.median(prefill[1:]), statistics.median(decode[1:])
 
 
 def nbytes(model: torch.nn.Module) -> int:
@@ -128,31 +156,19 @@ def measure_cached(name: str, model: MiniCPM, ids: Tensor, quality: float) -> Ro
     """Prefill the prompt into a cache, then decode greedily from it."""
     cache = KVCache(model.config, 1, PREFILL + DECODE, model.device, model.dtype)
 
-    def prefill() -> None:
+    def begin() -> Callable[[Tensor], Tensor]:
         cache.reset()
-        model(ids, cache)
+        return lambda new_ids: model(new_ids, cache)
 
-    def prefill_and_decode() -> None:
-        prefill()
-        token = ids[:, -1:]
-        for _ in range(DECODE):
-            token = model(token, cache)[:, -1].argmax(-1, keepdim=True)
-
-    first = median_seconds(prefill)
-    decode = max(median_seconds(prefill_and_decode) - first, 1e-9)
-    parameters = model.config.num_parameters()
-    return Row(
-        f"{name}, cached", parameters, nbytes(model), cache.nbytes, quality, ids.shape[1] / first, DECODE / decode
-    )
+    speeds = median_speeds(begin, ids)
+    return Row(f"{name}, cached", model.config.num_parameters(), nbytes(model), cache.nbytes, quality, *speeds)
 
 
 @torch.no_grad()
 def measure_naive(name: str, model: MiniCPM, ids: Tensor, quality: float) -> Row:
     """Recompute the whole sequence for each token."""
     seconds = step_seconds(model, ids, cached=False)
-    return Row(
-        f"{name}, naive", model.config.num_parameters(), nbytes(model), None, quality, None, 1 / seconds
-    )
+    return Row(f"{name}, naive", model.config.num_parameters(), nbytes(model), None, quality, None, 1 / seconds)
 
 
 @torch.no_grad()
@@ -183,25 +199,19 @@ def measure_transformers(console: Console, model: MiniCPM, ids: Tensor) -> Row:
     if model.dtype == torch.float32 and difference > 1e-3:
         raise RuntimeError(f"transformers' logits differ by {difference:.1e}: expected less than 1e-3")
 
-    def run(tokens: int) -> None:
+    def begin() -> Callable[[Tensor], Tensor]:
         cache = DynamicCache(config=granite.config)
-        token = (
-            granite(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
-        )
-        for _ in range(tokens):
-            token = granite(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+        return lambda new_ids: granite(new_ids, past_key_values=cache, use_cache=True).logits
 
-    first = median_seconds(lambda: run(0))
-    decode = max(median_seconds(lambda: run(DECODE)) - first, 1e-9)
-    parameters = model.config.num_parameters()
-    return Row("transformers, cached", parameters, nbytes(granite), None, None, ids.shape[1] / first, DECODE / decode)
+    speeds = median_speeds(begin, ids)
+    return Row("transformers, cached", model.config.num_parameters(), nbytes(granite), None, None, *speeds)
 
 
 def table(rows: list[Row]) -> Table:
     """The rows as a rich table."""
-    out = Table(title=f"{PREFILL} tokens of prompt, then {DECODE} new ones; speeds in tokens/s")
-    for column in ("", "params", "weights MB", "cache MB", "bits/byte", "prefill", "decode"):
-        out.add_column(column, justify="left" if not column else "right", no_wrap=not column)
+    out = Table(title=f"{PREFILL} tokens of prompt, then {DECODE} new ones; sizes in MB, speeds in tokens/s")
+    for column in ("", "params", "weights", "cache", "bits/byte", "prefill", "decode"):
+        out.add_column(column, justify="left" if not column else "right", no_wrap=True)
 
     def show(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)

@@ -204,7 +204,7 @@ def measure_transformers(console: Console, model: MiniCPM, ids: Tensor) -> Row:
         return lambda new_ids: granite(new_ids, past_key_values=cache, use_cache=True).logits
 
     speeds = median_speeds(begin, ids)
-    return Row("transformers, cached", model.config.num_parameters(), nbytes(granite), None, None, *speeds)
+    return Row("transformers", model.config.num_parameters(), nbytes(granite), None, None, *speeds)
 
 
 def table(rows: list[Row]) -> Table:

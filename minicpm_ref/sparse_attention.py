@@ -31,9 +31,9 @@ they differ this file follows the code, which is what the published weights have
 - *Score dtype.* The code rounds scores to 16 bits before the top-k and leaves ties open. Here scores are float32 and
   ties go to the lower block, so that the choice is a function of its inputs.
 
-Left out: speed. Masks are dense and stage 2 computes every logit before it throws most away. Queries are processed in
-chunks (recomputed in the backward pass), so memory stays bounded at a few thousand tokens. `minicpm_kernels` has the
-fast twins.
+Left out: speed. Stage 2 turns the lists into a dense mask and computes every logit before it throws most away. Queries
+are processed in chunks; for a backward pass, each layer keeps its mask, T * S numbers a group. `minicpm_kernels` has
+the fast twins.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from minicpm_ref.config import SparseConfig
 
@@ -258,12 +257,10 @@ def sparse_attention(
     if blocks.numel() and not -1 <= int(blocks.min()) <= int(blocks.max()) < count:
         raise ValueError(f"blocks must lie in -1..{count - 1}, got {int(blocks.min())}..{int(blocks.max())}")
     positions = query_positions(q, k, query_start, lengths)
-    track = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     out = []
     for chunk in _chunks(q.shape[2], q.shape[0] * q.shape[1] * keys):
         inputs = (q[:, :, chunk], k, v, blocks[:, :, chunk], positions[:, chunk], config.block_size)
-        # without recomputation the backward pass would keep every [T, S] matrix
-        out.append(checkpoint(_attend, *inputs, use_reentrant=False) if track else _attend(*inputs))
+        out.append(_attend(*inputs))
     return torch.cat(out, dim=2)
 
 
@@ -274,12 +271,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, positions: Tensor, 
     listed.scatter_(-1, torch.where(blocks < 0, count, blocks).long(), True)  # column `count` collects the -1
     token = torch.arange(keys, device=q.device)
     visible = listed[..., token // block_size] & (token <= positions[:, None, :, None])  # [B, G, t, S]
-    hidden = ~visible[:, :, None]
-    logits = _logits(_group_heads(_widen(q), k.shape[1]), k)  # [B, G, h, t, S]
-    # the lowest finite number, not -inf: an empty row must give 0, not 0/0
-    weights = logits.masked_fill(hidden, torch.finfo(logits.dtype).min).softmax(-1).masked_fill(hidden, 0.0)
-    out = weights @ _widen(v)[:, :, None]  # [B, G, h, t, D]
-    return rearrange(out, "B G h t D -> B (G h) t D").to(q.dtype)
+    grouped = rearrange(_widen(q), "B (G h) t D -> (B G) h t D", G=k.shape[1])
+    keys_of_group, values_of_group = (rearrange(_widen(x), "B G S D -> (B G) 1 S D") for x in (k, v))
+    out = F.scaled_dot_product_attention(
+        grouped, keys_of_group, values_of_group, attn_mask=visible.flatten(0, 1)[:, None], enable_gqa=True
+    )  # [B G, h, t, D]; a row that sees nothing gives 0
+    return rearrange(out, "(B G) h t D -> B (G h) t D", B=q.shape[0]).to(q.dtype)
 
 
 def _logits(grouped: Tensor, k: Tensor) -> Tensor:

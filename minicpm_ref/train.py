@@ -23,7 +23,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
@@ -102,6 +102,35 @@ class Recipe:
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats a token."""
         return F.cross_entropy(model(inputs).float().flatten(0, 1), targets.flatten())
+
+    def finished(self, model: MiniCPM) -> MiniCPM:
+        """The trained model in the form that is measured and stored."""
+        return model
+
+
+class SavedState(NamedTuple):
+    """Content of a `state.safetensors`: `header` (step, seconds, recipe), weights, and each one's optimizer state."""
+
+    header: dict[str, Any]
+    weights: dict[str, Tensor]
+    optimizer: dict[str, dict[str, Tensor]]
+
+
+def read_state(folder: str | Path) -> SavedState:
+    """The state that a run in `folder` saved last. Raises FileNotFoundError when there is none."""
+    path = Path(folder) / "state.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected the folder of a training run")
+    with safetensors.safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["training"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open has no __iter__)
+    weights = {key.removeprefix("model/"): value for key, value in tensors.items() if key.startswith("model/")}
+    optimizer: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            _, name, entry = key.split("/")
+            optimizer.setdefault(name, {})[entry] = value
+    return SavedState(header, weights, optimizer)
 
 
 def load_parent(parent: str) -> MiniCPM:
@@ -300,17 +329,8 @@ class Trainer:
             save_file(tensors, temporary, metadata={"training": json.dumps(header)})
 
     def _load_state(self) -> None:
-        path = self.folder / "state.safetensors"
-        with safetensors.safe_open(path, "pt") as file:
-            header = json.loads(file.metadata()["training"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open has no __iter__)
-        self._check_same_recipe(header["recipe"], path)
-        weights = {key.removeprefix("model/"): value for key, value in tensors.items() if key.startswith("model/")}
-        state: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer/"):
-                _, name, entry = key.split("/")
-                state.setdefault(name, {})[entry] = value
+        header, weights, state = read_state(self.folder)
+        self._check_same_recipe(header["recipe"], self.folder / "state.safetensors")
         options = StateDictOptions(full_state_dict=True)
         _, fresh = get_state_dict(self.model, self.optimizers, options=options)
         saved: Any = {"state": state, "param_groups": fresh["param_groups"]}
@@ -352,6 +372,7 @@ class Trainer:
         model = self.whole_model()
         if self.part > 0:
             return None
+        model = self.recipe.finished(model)
         console.print("measuring held-out bits per byte by file group")
         card = training_card(self, model)
         save(model, self.folder / "model", self.corpus.tokenizer, dtype=torch.float16)

@@ -1,0 +1,69 @@
+"""The embedded ternary variant: distillation from the base, after quantization-aware training has converged.
+
+Two decoupled stages. `ternary_qat` comes first and is left to finish; then this short run starts from its float32
+weights and asks the ternary student to match the whole distribution that the full-precision base gives for every next
+token, besides the token itself. Distilling during QAT would aim at two moving things at once, and the report found it
+worse.
+
+Run `minicpm-ref train --recipe ternary_qat --out runs/ternary_qat` before this one.
+Source: MiniCPM4 technical report (arXiv 2506.07900) section 3.3; Hinton et al., arXiv 1503.02531 (the loss).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minicpm_ref.model import MiniCPM
+from minicpm_ref.recipes.base import CONFIG
+from minicpm_ref.recipes.ternary_qat import TernaryRecipe
+from minicpm_ref.train import load_parent, read_state
+
+
+@dataclass(frozen=True)
+class DistillationRecipe(TernaryRecipe):
+    """Training from the weights of the finished run in folder `start` towards the predictions of `parent`.
+
+    `teacher_share` weighs the teacher's distribution against the true next token.
+    """
+
+    start: str = "runs/ternary_qat"
+    teacher_share: float = 0.5
+
+    def build_model(self) -> MiniCPM:
+        """The model that the run in `start` ended with, its float32 weights included."""
+        model = self.wrap(MiniCPM(self.config))
+        model.load_state_dict(read_state(self.start).weights)
+        return model
+
+    @cached_property
+    def teacher(self) -> MiniCPM:
+        """The parent, in full precision."""
+        assert self.parent is not None
+        return load_parent(self.parent)
+
+    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy against the next token and against the teacher's distribution, in nats a token."""
+        with torch.no_grad():
+            soft = self.teacher.to(inputs.device)(inputs).float().softmax(-1).flatten(0, 1)
+        logits = model(inputs).float().flatten(0, 1)
+        hard_loss = F.cross_entropy(logits, targets.flatten())
+        soft_loss = F.cross_entropy(logits, soft)
+        return (1 - self.teacher_share) * hard_loss + self.teacher_share * soft_loss
+
+
+RECIPE = DistillationRecipe(
+    name="ternary",
+    config=CONFIG,
+    tokens=820_000,
+    lr=0.002,
+    matrix_lr=0.004,
+    warmup=0.05,
+    decay=0.6,
+    seed=2,
+    parent="base",
+)

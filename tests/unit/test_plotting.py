@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,15 +24,6 @@ RESULTS: dict[str, Any] = {
 
 def write(folder: Path, results: Any, name: str = "run") -> None:
     (folder / f"{name}.json").write_text(json.dumps(results))
-
-
-def load_script(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_complete_results_are_read(tmp_path: Path) -> None:
@@ -120,35 +109,3 @@ def test_a_roofline_is_drawn_with_its_points() -> None:
     assert list(roof.get_ydata())[1:] == [1e12, 1e12]
     assert [(float(p.get_xdata()[0]), float(p.get_ydata()[0])) for p in points] == [(0.5, 5e10), (50.0, 8e11)]
     assert points[0].get_markerfacecolor() == "white"  # a prediction is hollow
-
-
-class TestDraw:
-    """figures/draw.py."""
-
-    def rows(self) -> list[dict[str, Any]]:
-        names = [("copy", "torch"), ("rms_norm", "torch"), ("rms_norm", "reference"), ("add_rms_norm", "torch")]
-        return [
-            {"function": f, "implementation": i, "tokens": t, "width": 64, "bytes": 512 * t, "median_us": 2.0 * t}
-            for f, i in names
-            for t in (1, 16)
-        ]
-
-    def test_a_figure_is_drawn_from_its_data(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        draw = load_script("draw", ROOT / "figures" / "draw.py")
-        write(tmp_path, RESULTS | {"rows": self.rows()}, "rms_norm_cpu")
-        draw.draw(["rms_norm_cpu", "rms_norm_cuda"], tmp_path, tmp_path)
-        printed = capsys.readouterr().out
-        assert "rms_norm_cpu: wrote rms_norm_cpu.svg and rms_norm_cpu.png" in printed
-        assert "rms_norm_cuda: figures/data/rms_norm_cuda.json has not been measured yet" in printed
-        assert (tmp_path / "rms_norm_cpu.svg").stat().st_size > 1000
-
-    def test_an_unknown_figure_is_named(self) -> None:
-        draw = load_script("draw", ROOT / "figures" / "draw.py")
-        with pytest.raises(ValueError, match=r"no figure is called \['nothing'\]"):
-            draw.draw(["nothing"])
-
-    def test_data_without_circumstances_stops_the_drawing(self, tmp_path: Path) -> None:
-        draw = load_script("draw", ROOT / "figures" / "draw.py")
-        write(tmp_path, {"rows": self.rows()}, "rms_norm_cpu")
-        with pytest.raises(ValueError, match="does not record 'device'"):
-            draw.draw(["rms_norm_cpu"], tmp_path, tmp_path)

@@ -22,6 +22,7 @@ from torch import Tensor
 from minicpm_ref.config import ModelConfig
 from minicpm_ref.files import replacing, write_text
 from minicpm_ref.model import MiniCPM
+from minicpm_ref.ternary_layers import install_ternary, ternary_state
 from minicpm_ref.tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).parent / "weights"
@@ -70,12 +71,19 @@ def load(
             )
         folder = resolve(source, revision)
     config = ModelConfig.from_json(folder / "config.json")
-    tensors = read_tensors(folder)
-    check_tensors(config, tensors, folder)
-    dtype = dtype or tensors["model.embed_tokens.weight"].dtype
+    tensors, metadata = read_tensors(folder)
     with torch.device("meta"):
         model = MiniCPM(config)
-    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
+    try:
+        packed = set(install_ternary(model, tensors, metadata))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    dense = {name: tensor for name, tensor in tensors.items() if name not in packed}
+    check_tensors(model, dense, packed, folder)
+    dtype = dtype or dense["model.embed_tokens.weight"].dtype
+    dense = {name: tensor.to(device, dtype) for name, tensor in dense.items()}
+    model.load_state_dict(dense, strict=False, assign=True)  # strict would ask for the packed ones, which are in place
+    model.to(device)
     tokenizer = Tokenizer.load(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else None
     return model.eval(), tokenizer
 
@@ -93,20 +101,23 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
     return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists."""
+def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists, and the files'
+    metadata."""
     tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
     for path, expected in _shards(folder):
         try:
             with safetensors.safe_open(path, "pt") as file:
                 names = set(file.keys())
+                metadata |= file.metadata() or {}
                 if expected is not None and (expected - names):
                     raise ValueError(f"{path}: tensor {min(expected - names)!r} is missing, the index says it is here")
                 for name in names if expected is None else expected:
                     tensors[name] = file.get_tensor(name)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
-    return tensors
+    return tensors, metadata
 
 
 def _shards(folder: Path) -> Iterator[tuple[Path, set[str] | None]]:
@@ -131,10 +142,11 @@ def _shards(folder: Path) -> Iterator[tuple[Path, set[str] | None]]:
         raise FileNotFoundError(f"{folder}: no model.safetensors or model.safetensors.index.json{also}")
 
 
-def check_tensors(config: ModelConfig, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Compare names, shapes and dtypes with what `config` asks for; raises ValueError naming the first that differs."""
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in MiniCPM(config).state_dict().items()}
+def check_tensors(model: MiniCPM, tensors: dict[str, Tensor], packed: set[str], folder: Path) -> None:
+    """Compare names, shapes and dtypes with what `model` asks for besides the `packed` tensors it already has; raises
+    ValueError naming the first that differs."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in packed}
+    config = model.config
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         if not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]):
             raise ValueError(
@@ -167,13 +179,20 @@ def save(
     """Write `model` to `folder` in the published layout, each file atomically, the weights before the index that names
     them.
 
-    `dtype` None keeps the model's own; weights above `max_shard_bytes` are split into indexed shards.
+    `dtype` None keeps the model's own; weights above `max_shard_bytes` are split into indexed shards. Packed ternary
+    layers are stored packed, five weights to a byte, whatever `dtype` is.
     """
     folder = Path(folder)
+    packed, metadata = ternary_state(model)
+    if not packed:
+        metadata = {"format": "pt"}  # one key at most: safetensors writes several in no fixed order
     tensors = {
         name: tensor.detach().cpu().to(dtype or tensor.dtype).contiguous()
         for name, tensor in model.state_dict().items()
+        if name not in packed
     }
+    stored = next(iter(tensors.values())).dtype
+    tensors |= {name: tensor.cpu() for name, tensor in packed.items()}
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in tensors.items():
         if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
@@ -183,12 +202,11 @@ def save(
     for number, shard in enumerate(shards, 1):
         file_name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         with replacing(folder / file_name) as temporary:
-            save_file(shard, temporary, metadata={"format": "pt"})
+            save_file(shard, temporary, metadata=metadata)
         weight_map |= dict.fromkeys(shard, file_name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
-    stored = next(iter(tensors.values())).dtype
     write_text(
         folder / "config.json",
         json.dumps(model.config.to_dict() | {"torch_dtype": str(stored).removeprefix("torch.")}, indent=2),

@@ -214,19 +214,17 @@ def size_report(*paths: str | Path) -> SizeReport:
     Raises FileNotFoundError when there is none, ValueError when none holds a packed ternary matrix.
     """
     files = [file for path in paths for file in _safetensors_files(Path(path))]
-    ternary_weights = ternary_bytes = other_weights = other_bytes = 0
+    layout: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as reader:
-            _, layout = _layout(reader.metadata())
-            packed = {f"{name}.{part}" for name in layout for part in ("codes", "scales")}
-            ternary_weights += sum(entry["shape"][0] * entry["shape"][1] for entry in layout.values())
-            for name in reader.keys():  # noqa: SIM118  # not a mapping
-                tensor = reader.get_tensor(name)
-                if name in packed:
-                    ternary_bytes += tensor.nbytes
-                else:
-                    other_weights += tensor.numel()
-                    other_bytes += tensor.nbytes
+            layout |= _layout(reader.metadata())[1]  # every shard of a checkpoint repeats it
+            tensors |= {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118  # not a mapping
+    packed = {f"{name}.{part}" for name in layout for part in ("codes", "scales")}
+    others = [tensor for name, tensor in tensors.items() if name not in packed]
+    ternary_weights = sum(entry["shape"][0] * entry["shape"][1] for entry in layout.values())
+    ternary_bytes = sum(tensors[name].nbytes for name in packed)
+    other_weights, other_bytes = sum(t.numel() for t in others), sum(t.nbytes for t in others)
     if not ternary_weights:
         raise ValueError(f"no packed ternary matrix in {', '.join(str(file) for file in files)}")
     file_bytes = sum(file.stat().st_size for file in files)

@@ -334,7 +334,9 @@ class Trainer:
         options = StateDictOptions(full_state_dict=True)
         _, fresh = get_state_dict(self.model, self.optimizers, options=options)
         saved: Any = {"state": state, "param_groups": fresh["param_groups"]}
-        set_state_dict(self.model, self.optimizers, model_state_dict=weights, optim_state_dict=saved, options=options)
+        set_state_dict(
+            self.model, self.optimizers, model_state_dict=dict(weights), optim_state_dict=saved, options=options
+        )
         self.step, self.seconds = header["step"], header["seconds"]
 
     def _check_same_recipe(self, saved: dict[str, Any], path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 from fresh import fresh_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minicpm_ref import checkpoint
@@ -16,6 +17,8 @@ from minicpm_ref.checkpoint import EMBEDDED, load, save, variants
 from minicpm_ref.config import ModelConfig
 from minicpm_ref.files import replacing
 from minicpm_ref.model import MiniCPM
+from minicpm_ref.ternary_layers import TernaryLinear, to_ternary
+from minicpm_ref.ternary_packing import size_report
 
 
 def tiny(tied: bool = False) -> MiniCPM:
@@ -206,3 +209,58 @@ def test_a_variant_of_another_base_is_refused(tmp_path, monkeypatch) -> None:
     (folders["base"] / "card.json").write_text(json.dumps(card))
     with pytest.raises(ValueError, match="variant 'sparse' was trained from"):
         check_chain()
+
+
+def ternary(group_size: int = 16) -> MiniCPM:
+    model = tiny()
+    to_ternary(model, group_size)
+    return model
+
+
+@pytest.mark.parametrize("shard_bytes", [2**30, 9000, 1])
+def test_a_packed_round_trip_is_exact(tmp_path, shard_bytes: int) -> None:
+    model = ternary()
+    save(model, tmp_path, max_shard_bytes=shard_bytes)
+    loaded, _ = load(tmp_path)
+    assert set(loaded.state_dict()) == set(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    ids = torch.arange(12)[None]
+    assert torch.equal(loaded(ids), model(ids))
+    report = size_report(tmp_path)
+    assert report.ternary_weights == sum(p.numel() for n, p in tiny().named_parameters() if "_proj" in n)
+    assert report.bits_per_weight == pytest.approx(8 / 5 + 16 / 16, abs=0.01)
+
+
+def test_a_packed_checkpoint_is_the_same_file_every_time(tmp_path) -> None:
+    for name in "ab":
+        save(ternary(), tmp_path / name)
+    assert len({checkpoint.sha256_file(tmp_path / name / "model.safetensors") for name in "ab"}) == 1
+
+
+def test_casting_a_packed_checkpoint_leaves_its_scales_alone(tmp_path) -> None:
+    save(ternary(), tmp_path, dtype=torch.float16)
+    loaded, _ = load(tmp_path, dtype=torch.float32)
+    layer = loaded.get_submodule("model.layers.0.mlp.down_proj")
+    assert loaded.dtype == torch.float32
+    assert isinstance(layer, TernaryLinear)
+    assert layer.scales.dtype == torch.float16
+
+
+def test_a_damaged_packed_checkpoint_is_refused_by_folder_and_tensor(tmp_path) -> None:
+    save(ternary(), tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.codes"
+    for change, message in [
+        (lambda t: t.pop(name), f"{name} is missing"),
+        (lambda t: t[name].fill_(243), f"{name}.*243"),
+        (lambda t: t.pop("model.norm.weight"), "'model.norm.weight' is missing"),
+        (lambda t: t.update(extra=torch.zeros(1)), "unexpected tensor 'extra'"),
+    ]:
+        changed = {key: tensor.clone() for key, tensor in tensors.items()}
+        change(changed)
+        save_file(changed, tmp_path / "model.safetensors", metadata)
+        with pytest.raises(ValueError, match=rf"{tmp_path}: .*{message}"):
+            load(tmp_path)

@@ -1,4 +1,6 @@
-"""The checkers of notebook 04 reject what they ask the reader to find, one bug at a time, and accept what is right."""
+"""The checkers of notebook 04 reject kernels with a planted bug, one at a time. (What else they are tried on is in
+tests/unit/exercise_answers.)
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,7 @@ import pytest
 import torch
 
 from minicpm_kernels.testing import check_kernel
-from minicpm_ref.exercises.nb04 import check_fixed_rms_norm, check_fused_add, check_softmax
-from minicpm_ref.fused import add_rms_norm
-from minicpm_ref.model import rms_norm
+from minicpm_ref.exercises.nb04 import check_fixed_rms_norm
 
 triton = pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 tl = pytest.importorskip("triton.language")
@@ -55,30 +55,3 @@ def kernel_with(bug: str) -> Any:
 def test_each_planted_bug_is_rejected_with_its_hint(bug: str, hint: str) -> None:
     with pytest.raises(AssertionError, match=hint):
         check_fixed_rms_norm(kernel_with(bug), check_kernel)
-
-
-def test_right_answers_are_accepted() -> None:
-    assert check_fixed_rms_norm(rms_norm, check_kernel) == "fixed_rms_norm: solved"
-    assert check_softmax(lambda x: torch.softmax(x, -1), check_kernel) == "softmax: solved"
-    assert check_fused_add(add_rms_norm, check_kernel) == "fused_add: solved"
-
-
-def test_an_untouched_exercise_is_not_an_error() -> None:
-    def untouched(*arguments: Any) -> Any:
-        raise NotImplementedError
-
-    assert check_softmax(untouched, check_kernel) == "softmax: not solved yet"
-
-
-def test_a_softmax_whose_padding_is_zero_is_rejected() -> None:
-    def padded_with_zero(x: torch.Tensor) -> torch.Tensor:
-        padding = torch.zeros(x.shape[0], triton.next_power_of_2(x.shape[1]) - x.shape[1])
-        return torch.softmax(torch.cat([x, padding], 1), -1)[:, : x.shape[1]]
-
-    with pytest.raises(AssertionError, match="row width-block-1"):
-        check_softmax(padded_with_zero, check_kernel)
-
-
-def test_a_fused_add_that_swaps_its_results_is_rejected() -> None:
-    with pytest.raises(AssertionError, match="row one-number|row length-1"):
-        check_fused_add(lambda *arguments: add_rms_norm(*arguments)[::-1], check_kernel)

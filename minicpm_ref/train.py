@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from minicpm_ref.card import training_card
-from minicpm_ref.checkpoint import load, save, sha256_file, variants
+from minicpm_ref.checkpoint import load, save, sha256_file, variant_folder, variants
 from minicpm_ref.config import ModelConfig
 from minicpm_ref.data import Corpus, bits_per_byte, small_sample
 from minicpm_ref.files import replacing, write_text
@@ -95,12 +95,13 @@ class Recipe:
             return MiniCPM(self.config).init_weights(self.seed)
         return load_parent(self.parent)
 
-    def batch(self, corpus: Corpus, step: int, part: int, parts: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of one step for process `part` of `parts`, [rows, context] each."""
+    def batch(self, corpus: Corpus, step: int, part: int, parts: int) -> tuple[Tensor, ...]:
+        """What `loss` needs for one step in process `part` of `parts`: inputs and targets, [rows, context] each."""
         return corpus.batch(step, self.batch_tokens // self.context, self.context, self.seed, part, parts)
 
-    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, model: nn.Module, *batch: Tensor) -> Tensor:
         """Mean cross-entropy in nats a token."""
+        inputs, targets = batch
         return F.cross_entropy(model(inputs).float().flatten(0, 1), targets.flatten())
 
     def finished(self, model: MiniCPM) -> MiniCPM:
@@ -182,6 +183,8 @@ class Trainer:
         if precision not in ("bfloat16", "float32"):
             raise ValueError(f"precision {precision!r}: expected 'auto', 'bfloat16' or 'float32'")
         self.precision = precision
+        if recipe.parent is not None:
+            self._check_same_vocabulary(recipe.parent)
         if self.device.type == "cpu":
             keep_freed_memory()
         if self.parts > 1 and not dist.is_initialized():
@@ -204,6 +207,16 @@ class Trainer:
         if (self.folder / "state.safetensors").exists():
             self._load_state()
 
+    def _check_same_vocabulary(self, parent: str) -> None:
+        """Under another vocabulary the parent's embedding means nothing, and training would not say so."""
+        folder = variant_folder(parent) if parent in variants() else Path(parent)
+        path = folder / "tokenizer.json"
+        if path.is_file() and path.read_bytes() != (self.corpus.folder / "tokenizer.json").read_bytes():
+            raise ValueError(
+                f"{self.corpus.folder}: its tokenizer.json is not that of {parent!r}; "
+                "build the corpus with `minicpm-ref data --reuse-tokenizer`"
+            )
+
     def _shard(self) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -225,9 +238,9 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
-        inputs, targets = (t.to(self.device) for t in recipe.batch(self.corpus, self.step, self.part, self.parts))
+        batch = [t.to(self.device) for t in recipe.batch(self.corpus, self.step, self.part, self.parts)]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            loss = recipe.loss(self.model, inputs, targets)
+            loss = recipe.loss(self.model, *batch)
         if not torch.isfinite(loss):
             raise RuntimeError(f"step {self.step}: the loss is {loss.item()}; the last good state is in {self.folder}")
         loss.backward()

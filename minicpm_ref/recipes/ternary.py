@@ -46,8 +46,9 @@ class DistillationRecipe(TernaryRecipe):
         assert self.parent is not None
         return load_parent(self.parent)
 
-    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, model: nn.Module, *batch: Tensor) -> Tensor:
         """Cross-entropy against the next token and against the teacher's distribution, in nats a token."""
+        inputs, targets = batch
         with torch.no_grad():
             soft = self.teacher.to(inputs.device)(inputs).float().softmax(-1).flatten(0, 1)
         logits = model(inputs).float().flatten(0, 1)

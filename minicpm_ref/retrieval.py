@@ -1,0 +1,205 @@
+"""A retrieval task made of real code and planted facts, for training sparse attention and for finding out what it lost.
+
+The problem: bits per byte hardly notice whether a model can look far back, because nearly every token of a program is
+predictable from its neighbourhood. The idea: plant facts whose answer is nowhere else. A fact is a comment that stands
+far above,
+
+    # given alpha beta gamma
+
+and a question that comes below it, after other code and other facts:
+
+    # then alpha beta gamma
+
+The last two words of the question can be told only by looking up what followed the first, and the choice among a few
+hundred words makes guessing hopeless. Words are single tokens of the vocabulary; one half of them makes the facts of
+training and the other half those of the evaluation, so that no fact of the evaluation was ever seen.
+
+Related: the needle tests of RULER (arXiv 2404.06654). Left out: paraphrase, several hops; a model of five million
+parameters copies, it does not reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch import Tensor
+
+from minicpm_ref.data import Document
+from minicpm_ref.model import MiniCPM
+from minicpm_ref.tokenizer import Tokenizer
+
+Ids = list[int]
+FACT_SPACING = 32  # tokens to a planted fact: dense enough to be learned within minutes
+
+
+@dataclass(frozen=True)
+class Planter:
+    """Writes facts and questions into token sequences. `held_out` picks the half of the words kept from training.
+
+    Raises ValueError for a vocabulary with too few words.
+    """
+
+    tokenizer: Tokenizer
+    held_out: bool = False
+
+    @cached_property
+    def words(self) -> np.ndarray:
+        """Token ids of the words that facts are made of."""
+        found = []
+        for token_id in range(self.tokenizer.vocab_size):
+            text = self.tokenizer.decode([token_id])
+            if re.fullmatch(r" [a-z]{4,9}", text) and text not in (" given", " then"):
+                half = hashlib.sha256(text.encode()).digest()[0] % 2 == 0
+                if half == self.held_out:
+                    found.append(token_id)
+        if len(found) < 16:
+            raise ValueError(f"a vocabulary with {len(found)} words of 4 to 9 letters: expected at least 16")
+        return np.array(found)
+
+    @cached_property
+    def breaks(self) -> np.ndarray:
+        """Token ids that begin with a line break: a line may be planted before each of them."""
+        ids = range(self.tokenizer.vocab_size)
+        return np.array([i for i in ids if self.tokenizer.decode([i]).startswith("\n")])
+
+    @cached_property
+    def frame(self) -> tuple[Ids, Ids]:
+        """What stands before the key of a fact, and before that of a question."""
+        given, then = (self.tokenizer.encode(text, add_bos=False) for text in ("\n# given", "\n# then"))
+        return given, then
+
+    def draw(self, rng: Generator, count: int) -> list[tuple[int, Ids]]:
+        """`count` facts: a key, different in each, and a value of two words that are no keys."""
+        keys, rest = np.split(rng.permutation(self.words), [count])
+        return [(int(key), [int(word) for word in rng.choice(rest, 2, replace=False)]) for key in keys]
+
+    def line(self, key: int, value: Ids, question: bool = False) -> Ids:
+        """The tokens of a fact, or of its question with the answer."""
+        return [*self.frame[question], key, *value]
+
+    def line_starts(self, code: np.ndarray) -> np.ndarray:
+        """Positions of `code` [n] before which a line may be planted; every position, where there is no line break."""
+        places = np.flatnonzero(np.isin(code, self.breaks))
+        return places if len(places) else np.arange(len(code) + 1)
+
+    def plant(self, code: np.ndarray, count: int, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
+        """`code` (ids [n]) with `count` facts and, below each, its question: ids [n + added], and True at the answers.
+
+        Places are drawn evenly, so every distance up to the length occurs.
+        """
+        starts = self.line_starts(code)
+        planted: list[tuple[int, Ids, int]] = []  # place, line, how many tokens at its end are an answer
+        for key, value in self.draw(rng, count):
+            first, second = sorted(int(place) for place in rng.choice(starts, 2))
+            planted += [(first, self.line(key, value), 0), (second, self.line(key, value, question=True), len(value))]
+        planted.sort(key=lambda entry: entry[0])  # stable: a fact stays before its question
+        ids: Ids = []
+        answers: list[bool] = []
+        done = 0
+        for place, line, answer in planted:
+            ids += [*code[done:place].tolist(), *line]
+            answers += [False] * (place - done + len(line) - answer) + [True] * answer
+            done = place
+        ids += code[done:].tolist()
+        answers += [False] * (len(code) - done)
+        return np.array(ids), np.array(answers)
+
+    def added(self, count: int) -> int:
+        """How many tokens `plant` adds for `count` facts."""
+        given, then = self.frame
+        return count * (len(given) + len(then) + 6)
+
+    def question_at(self, code: np.ndarray, distance: int, others: int, rng: Generator) -> tuple[Ids, Ids]:
+        """A prompt that ends in a question whose fact stands `distance` tokens before the answer, and the answer.
+
+        `code` [n] is cut at its beginning to make room for the fact, the question and `others` facts that nobody asks
+        for, so the prompt has n tokens or slightly fewer. Raises ValueError when `code` is shorter than `distance`.
+        """
+        (key, value), *rest = self.draw(rng, others + 1)
+        fact, question = self.line(key, value), self.line(key, value, question=True)
+        room = len(code) - len(fact) * (others + 1) - len(question)
+        between = distance - len(question)  # from the end of the fact to the beginning of the question
+        if not 0 <= between <= room:
+            raise ValueError(
+                f"distance {distance}: expected {len(question)} to {room + len(question)} in {len(code)} ids"
+            )
+        code = code[len(code) - room :]
+        before, after = code[: room - between], code[room - between :]
+        filled = before.tolist()
+        places = sorted((int(rng.choice(self.line_starts(before))) for _ in rest), reverse=True)
+        for place, (other_key, other_value) in zip(places, rest, strict=True):
+            filled[place:place] = self.line(other_key, other_value)
+        return [*filled, *fact, *after.tolist(), *question[: -len(value)]], value
+
+
+@torch.no_grad()
+def retrieval_accuracy(
+    model: MiniCPM,
+    planter: Planter,
+    documents: Sequence[Document],
+    length: int,
+    distances: Sequence[int],
+    samples: int = 32,
+    seed: int = 0,
+    batch_tokens: int = 8192,
+) -> dict[int, float]:
+    """Share of `samples` questions at each distance (in tokens) whose whole answer `model` ranks first.
+
+    Sequences of `length` tokens are cut from `documents` laid end to end, with one fact in FACT_SPACING tokens besides
+    the one that is asked for. The same seed asks every model the same questions.
+    """
+    encoded = planter.tokenizer.encode_batch([document.text for document in documents])
+    code = np.concatenate([np.array(ids) for ids in encoded])
+    if len(code) <= length:
+        raise ValueError(f"documents of {len(code)} tokens in all: expected more than {length}")
+    accuracy = {}
+    for distance in distances:
+        rng = np.random.default_rng((seed, length, distance))
+        prompts, answers = [], []
+        for _ in range(samples):
+            start = int(rng.integers(0, len(code) - length))
+            prompt, answer = planter.question_at(code[start : start + length], distance, length // FACT_SPACING, rng)
+            prompts.append([planter.tokenizer.bos_id, *prompt])
+            answers.append(answer)
+        accuracy[distance] = _share_right(model, prompts, answers, max(1, batch_tokens // length))
+    return accuracy
+
+
+def _share_right(model: MiniCPM, prompts: Sequence[Ids], answers: Sequence[Ids], rows: int) -> float:
+    """All prompts have one length, and so have all answers."""
+    right = 0
+    for start in range(0, len(prompts), rows):
+        answer = torch.tensor(answers[start : start + rows], device=model.device)  # [B, words]
+        ids = torch.tensor(prompts[start : start + rows], device=model.device)
+        # with the true answer behind it: a prediction of the last word counts only if the first was right, too
+        hidden = model.hidden_states(torch.cat([ids, answer[:, :-1]], 1))[-1][:, -answer.shape[1] :]
+        right += int((model.logits(hidden).argmax(-1) == answer).all(-1).sum())
+    return right / len(prompts)
+
+
+def planted_batch(
+    tokens: np.ndarray, planter: Planter, rows: int, length: int, share: float, rng: Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs and targets [rows, length] (int64) cut from the stream `tokens`, and True at the answers among the
+    targets.
+
+    A row gets planted facts, one in FACT_SPACING tokens, with probability `share`; else it is plain code.
+    """
+    count = max(1, length // FACT_SPACING)
+    lines = []
+    for _ in range(rows):
+        planted = rng.random() < share
+        size = length + 1 - (planter.added(count) if planted else 0)
+        start = int(rng.integers(0, len(tokens) - size))
+        code = np.asarray(tokens[start : start + size], dtype=np.int64)
+        lines.append(planter.plant(code, count, rng) if planted else (code, np.zeros(size, dtype=bool)))
+    ids = torch.from_numpy(np.stack([line for line, _ in lines]))
+    answers = torch.from_numpy(np.stack([marks for _, marks in lines]))
+    return ids[:, :-1], ids[:, 1:], answers[:, 1:]

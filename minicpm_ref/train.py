@@ -135,8 +135,10 @@ def read_state(folder: str | Path) -> SavedState:
 
 
 def load_parent(parent: str) -> MiniCPM:
-    """The model a variant starts from: an embedded variant by name, or a folder."""
-    return load(variant=parent)[0] if parent in variants() else load(parent)[0]
+    """The float32 model a variant starts from: an embedded variant by name, or a folder."""
+    if parent in variants():
+        return load(variant=parent)[0]
+    return load(parent, dtype=torch.float32)[0]
 
 
 def default_precision(device: torch.device) -> str:

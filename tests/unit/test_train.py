@@ -16,7 +16,7 @@ import torch
 
 from minicpm_ref.checkpoint import load
 from minicpm_ref.config import ModelConfig
-from minicpm_ref.data import Corpus, build_corpus
+from minicpm_ref.data import Corpus
 from minicpm_ref.model import MiniCPM
 from minicpm_ref.optimizers import Muon, build_optimizers, orthogonalize, wsd_factor
 from minicpm_ref.recipes import get_recipe, recipe_names
@@ -24,15 +24,6 @@ from minicpm_ref.train import Recipe, Trainer
 
 CONFIG = ModelConfig(480, 64, 2, 4, 1, 96, max_position_embeddings=64)
 RECIPE = Recipe("tiny", CONFIG, tokens=24 * 128, context=32, batch_tokens=128, precision="float32")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Corpus:
-    root = tmp_path_factory.mktemp("sources")
-    for i in range(100):
-        text = "".join(f"def function_{i}_{j}(first):\n    return first + {i * j}\n\n\n" for j in range(30))
-        (root / f"module_{i}.py").write_text(text)
-    return build_corpus(tmp_path_factory.mktemp("corpus"), {"stdlib": root}, vocab_size=480)
 
 
 def losses(trainer: Trainer, steps: int) -> list[float]:

@@ -1,0 +1,118 @@
+"""Planted facts: every question is answerable from above it, distances are exact, halves of the words never mix."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from minicpm_ref.checkpoint import EMBEDDED
+from minicpm_ref.data import Document, read_held_out
+from minicpm_ref.model import MiniCPM
+from minicpm_ref.retrieval import FACT_SPACING, Planter, planted_batch, retrieval_accuracy
+from minicpm_ref.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.load(EMBEDDED / "base" / "tokenizer.json")
+PLANTER = Planter(TOKENIZER)
+DOCUMENTS = read_held_out(EMBEDDED / "held_out.jsonl")
+CODE = np.concatenate([np.array(ids) for ids in TOKENIZER.encode_batch([d.text for d in DOCUMENTS])])
+
+
+def test_training_and_evaluation_share_no_word() -> None:
+    held_out = Planter(TOKENIZER, held_out=True)
+    assert not set(PLANTER.words) & set(held_out.words)
+    assert min(len(PLANTER.words), len(held_out.words)) > 100
+
+
+def test_a_small_vocabulary_is_refused() -> None:
+    one_word = SimpleNamespace(vocab_size=9, decode=lambda ids: " word")
+    with pytest.raises(ValueError, match="expected at least 16"):
+        _ = Planter(one_word).words  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_answer_can_be_read_above_its_question(seed: int) -> None:
+    count = 6
+    ids, answers = PLANTER.plant(CODE[:400], count, np.random.default_rng(seed))
+    assert len(ids) == len(answers) == 400 + PLANTER.added(count)
+    assert answers.sum() == 2 * count
+    given, then = PLANTER.frame
+    text = ids.tolist()
+    for end in np.flatnonzero(answers)[1::2]:
+        key, *value = text[end - 2 : end + 1]
+        assert text[end - 2 - len(then) : end - 2] == then
+        fact = [*given, key, *value]
+        assert any(text[i : i + len(fact)] == fact for i in range(end - len(fact)))
+
+
+def test_planting_leaves_the_code_as_it_was() -> None:
+    ids, _ = PLANTER.plant(CODE[:300], 4, np.random.default_rng(0))
+    text = TOKENIZER.decode(ids.tolist())
+    without = "".join(line for line in text.splitlines(keepends=True) if not line.startswith(("# given", "# then")))
+    assert without.split() == TOKENIZER.decode(CODE[:300].tolist()).split()
+
+
+@pytest.mark.parametrize("distance", [8, 100, 480])
+def test_the_fact_stands_where_it_was_asked_to(distance: int) -> None:
+    prompt, value = PLANTER.question_at(CODE[:600], distance, 3, np.random.default_rng(distance))
+    key = prompt[-1]
+    fact = [*PLANTER.frame[0], key, *value]
+    whole = [*prompt, *value]
+    ends = [i + len(fact) for i in range(len(prompt)) if prompt[i : i + len(fact)] == fact]
+    assert ends == [len(whole) - distance]
+    assert 590 <= len(whole) <= 600
+
+
+@pytest.mark.parametrize("distance", [0, 4, 700])
+def test_a_distance_that_does_not_fit_is_refused(distance: int) -> None:
+    with pytest.raises(ValueError, match=f"distance {distance}: expected"):
+        PLANTER.question_at(CODE[:600], distance, 3, np.random.default_rng(0))
+
+
+def test_a_batch_is_a_function_of_its_generator_and_marks_targets() -> None:
+    def draw(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        return planted_batch(CODE, PLANTER, rows=8, length=128, share=0.5, rng=np.random.default_rng(seed))
+
+    inputs, targets, answers = draw(1)
+    assert inputs.shape == targets.shape == answers.shape == (8, 128)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    assert all(torch.equal(a, b) for a, b in zip((inputs, targets, answers), draw(1), strict=True))
+    assert not torch.equal(inputs, draw(2)[0])
+    assert set(answers.sum(1).tolist()) == {0, 2 * (128 // FACT_SPACING)}
+    assert set(targets[answers].tolist()) <= set(PLANTER.words.tolist())
+
+
+def test_accuracy_is_one_for_a_reader_and_zero_beyond_its_reach() -> None:
+    """A stub that copies what followed the key within its reach: right up to there, wrong beyond."""
+    given = PLANTER.frame[0]
+
+    class Stub:
+        device = torch.device("cpu")
+
+        def hidden_states(self, ids: Tensor) -> list[Tensor]:
+            states = torch.full((*ids.shape, 2), -1)
+            for row, line in enumerate(ids.tolist()):
+                for at in (len(line) - 2, len(line) - 1):
+                    key_at = len(line) - 2
+                    for back in range(key_at - 1, max(0, key_at - 200), -1):
+                        if line[back] == line[key_at] and line[back - len(given) : back] == given:
+                            states[row, at, 0] = line[back + 1 + at - key_at]
+                            break
+            return [states]
+
+        def logits(self, hidden: Tensor) -> Tensor:
+            ids = hidden[..., 0]
+            return torch.nn.functional.one_hot(ids.clamp(min=0), TOKENIZER.vocab_size).float()
+
+    stub: MiniCPM = Stub()  # type: ignore[assignment]
+    accuracy = retrieval_accuracy(stub, PLANTER, DOCUMENTS, 512, [16, 150, 400], samples=6)
+    assert accuracy == {16: 1.0, 150: 1.0, 400: 0.0}
+
+
+def test_too_little_text_is_refused() -> None:
+    short = [Document("stdlib", "a.py", "x = 1\n")]
+    with pytest.raises(ValueError, match="expected more than 512"):
+        retrieval_accuracy(MiniCPM, PLANTER, short, 512, [16])  # type: ignore[arg-type]

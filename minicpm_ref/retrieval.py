@@ -116,27 +116,40 @@ class Planter:
         given, then = self.frame
         return count * (len(given) + len(then) + 6)
 
-    def question_at(self, code: np.ndarray, distance: int, others: int, rng: Generator) -> tuple[Ids, Ids]:
-        """A prompt that ends in a question whose fact stands `distance` tokens before the answer, and the answer.
+    def exam(
+        self, code: np.ndarray, distances: Sequence[int], others: int, rng: Generator
+    ) -> tuple[np.ndarray, list[int]]:
+        """As many ids as `code` has: code with facts, then a question for each of `distances`, answers included; and
+        where each answer begins.
 
-        `code` [n] is cut at its beginning to make room for the fact, the question and `others` facts that nobody asks
-        for, so the prompt has n tokens or slightly fewer. Raises ValueError when `code` is shorter than `distance`.
+        The fact of a question ends `distance` tokens before its answer does; `others` facts are asked for by nobody.
+        Raises ValueError for facts that do not fit, or would overlap.
         """
-        (key, value), *rest = self.draw(rng, others + 1)
-        fact, question = self.line(key, value), self.line(key, value, question=True)
-        room = len(code) - len(fact) * (others + 1) - len(question)
-        between = distance - len(question)  # from the end of the fact to the beginning of the question
-        if not 0 <= between <= room:
-            raise ValueError(
-                f"distance {distance}: expected {len(question)} to {room + len(question)} in {len(code)} ids"
-            )
-        code = code[len(code) - room :]
-        before, after = code[: room - between], code[room - between :]
-        filled = before.tolist()
-        places = sorted((int(rng.choice(self.line_starts(before))) for _ in rest), reverse=True)
-        for place, (other_key, other_value) in zip(places, rest, strict=True):
-            filled[place:place] = self.line(other_key, other_value)
-        return [*filled, *fact, *after.tolist(), *question[: -len(value)]], value
+        facts = self.draw(rng, len(distances) + others)
+        ids = np.full(len(code), -1)
+        lines = [self.line(key, value, question=True) for key, value in facts[: len(distances)]]
+        end = len(code)
+        answers: list[int] = []
+        for line, distance, fact in reversed(list(zip(lines, distances, facts[: len(distances)], strict=True))):
+            self._put(ids, end - len(line), line, f"question {len(lines)}")
+            self._put(ids, end - distance - len(self.line(*fact)), self.line(*fact), f"distance {distance}")
+            answers.insert(0, end - len(fact[1]))
+            end -= len(line)
+        for fact in facts[len(distances) :]:
+            line = self.line(*fact)
+            room = np.lib.stride_tricks.sliding_window_view(ids[:end] < 0, len(line)).all(-1)
+            if not room.any():
+                raise ValueError(f"{others} other facts: expected fewer, {len(code)} ids are full")
+            self._put(ids, int(rng.choice(np.flatnonzero(room))), line, "fact")
+        free = np.flatnonzero(ids < 0)
+        ids[free] = code[len(code) - len(free) :]
+        return ids, answers
+
+    @staticmethod
+    def _put(ids: np.ndarray, begin: int, line: Ids, name: str) -> None:
+        if begin < 0 or (ids[begin : begin + len(line)] >= 0).any():
+            raise ValueError(f"{name}: its line would begin at {begin} of {len(ids)} ids, outside or on another line")
+        ids[begin : begin + len(line)] = line
 
 
 @torch.no_grad()
@@ -152,36 +165,29 @@ def retrieval_accuracy(
 ) -> dict[int, float]:
     """Share of `samples` questions at each distance (in tokens) whose whole answer `model` ranks first.
 
-    Sequences of `length` tokens are cut from `documents` laid end to end, with one fact in FACT_SPACING tokens besides
-    the one that is asked for. The same seed asks every model the same questions.
+    Sequences of `length` tokens are cut from `documents` laid end to end, with one fact in FACT_SPACING tokens. The
+    same seed asks every model the same questions. Raises ValueError for too little text, and as `Planter.exam` does.
     """
     encoded = planter.tokenizer.encode_batch([document.text for document in documents])
     code = np.concatenate([np.array(ids) for ids in encoded])
     if len(code) <= length:
         raise ValueError(f"documents of {len(code)} tokens in all: expected more than {length}")
-    accuracy = {}
-    for distance in distances:
-        rng = np.random.default_rng((seed, length, distance))
-        prompts, answers = [], []
-        for _ in range(samples):
+    rng = np.random.default_rng((seed, length))
+    right = torch.zeros(len(distances))
+    rows = max(1, batch_tokens // length)
+    for done in range(0, samples, rows):
+        exams = []
+        for _ in range(min(rows, samples - done)):
             start = int(rng.integers(0, len(code) - length))
-            prompt, answer = planter.question_at(code[start : start + length], distance, length // FACT_SPACING, rng)
-            prompts.append([planter.tokenizer.bos_id, *prompt])
-            answers.append(answer)
-        accuracy[distance] = _share_right(model, prompts, answers, max(1, batch_tokens // length))
-    return accuracy
-
-
-def _share_right(model: MiniCPM, prompts: Sequence[Ids], answers: Sequence[Ids], rows: int) -> float:
-    """All prompts have one length, and so have all answers."""
-    right = 0
-    for start in range(0, len(prompts), rows):
-        answer = torch.tensor(answers[start : start + rows], device=model.device)  # [B, words]
-        ids = torch.tensor(prompts[start : start + rows], device=model.device)
-        # with the true answer behind it: a prediction of the last word counts only if the first was right, too
-        hidden = model.hidden_states(torch.cat([ids, answer[:, :-1]], 1))[-1][:, -answer.shape[1] :]
-        right += int((model.logits(hidden).argmax(-1) == answer).all(-1).sum())
-    return right / len(prompts)
+            others = max(0, length // FACT_SPACING - len(distances))
+            exams.append(planter.exam(code[start : start + length], distances, others, rng))
+        ids = torch.from_numpy(np.stack([ids for ids, _ in exams])).to(model.device)
+        answers = torch.tensor(exams[0][1], device=model.device)  # the same in every row
+        answers = torch.stack([answers, answers + 1], dim=1)  # [distances, 2]
+        # given the first word of the answer: the second counts only if the first was right, too
+        hidden = model.hidden_states(ids)[-1][:, answers - 1]  # [B, distances, 2, C]
+        right += (model.logits(hidden).argmax(-1) == ids[:, answers]).all(-1).sum(0).cpu()
+    return {distance: float(share) for distance, share in zip(distances, right / samples, strict=True)}
 
 
 def planted_batch(

@@ -1,11 +1,12 @@
-"""The embedded ternary variant: distillation from the base, after quantization-aware training has converged.
+"""The embedded ternary variant: distillation from full precision, after quantization-aware training has converged.
 
 Two decoupled stages. `ternary_qat` comes first and is left to finish; then this short run starts from its float32
-weights and asks the ternary student to match the whole distribution that the full-precision base gives for every next
+weights and asks the ternary student to match the whole distribution that a full-precision teacher gives for every next
 token, besides the token itself. Distilling during QAT would aim at two moving things at once, and the report found it
-worse.
+worse. The report also found that a teacher's quality matters most: the base itself would be a bad one, because QAT's
+further training has already made the student better than it. The teacher is `continued`, which read the same tokens.
 
-Run `minicpm-ref train --recipe ternary_qat --out runs/ternary_qat` before this one.
+Run `minicpm-ref train --recipe ternary_qat` and `--recipe continued` before this one.
 Source: MiniCPM4 technical report (arXiv 2506.07900) section 3.3; Hinton et al., arXiv 1503.02531 (the loss).
 """
 
@@ -26,12 +27,14 @@ from minicpm_ref.train import load_parent, read_state
 
 @dataclass(frozen=True)
 class DistillationRecipe(TernaryRecipe):
-    """Training from the weights of the finished run in folder `start` towards the predictions of `parent`.
+    """Training from the weights of the finished run in folder `start` towards the predictions of the model in
+    `teacher`.
 
     `teacher_share` weighs the teacher's distribution against the true next token.
     """
 
     start: str = "runs/ternary_qat"
+    teacher: str = "runs/continued/model"
     teacher_share: float = 0.5
 
     def build_model(self) -> MiniCPM:
@@ -41,16 +44,15 @@ class DistillationRecipe(TernaryRecipe):
         return model
 
     @cached_property
-    def teacher(self) -> MiniCPM:
-        """The parent, in full precision."""
-        assert self.parent is not None
-        return load_parent(self.parent)
+    def teacher_model(self) -> MiniCPM:
+        """The teacher, in full precision."""
+        return load_parent(self.teacher)
 
     def loss(self, model: nn.Module, *batch: Tensor) -> Tensor:
         """Cross-entropy against the next token and against the teacher's distribution, in nats a token."""
         inputs, targets = batch
         with torch.no_grad():
-            soft = self.teacher.to(inputs.device)(inputs).float().softmax(-1).flatten(0, 1)
+            soft = self.teacher_model.to(inputs.device)(inputs).softmax(-1).flatten(0, 1)
         logits = model(inputs).float().flatten(0, 1)
         hard_loss = F.cross_entropy(logits, targets.flatten())
         soft_loss = F.cross_entropy(logits, soft)

@@ -64,9 +64,8 @@ def test_another_grid_stays_unpacked(corpus: Corpus, parent: Path, tmp_path) -> 
 
 
 def test_distillation_starts_where_qat_ended_and_mixes_two_losses(corpus: Corpus, parent: Path, qat: Path) -> None:
-    recipe = DistillationRecipe(
-        "tiny", CONFIG, parent=str(parent), group_size=32, start=str(qat), teacher_share=0.25, **SETTINGS
-    )
+    places = {"parent": str(parent), "start": str(qat), "teacher": str(parent)}
+    recipe = DistillationRecipe("tiny", CONFIG, group_size=32, teacher_share=0.25, **places, **SETTINGS)
     model = recipe.build_model()
     ended = Trainer(
         TernaryRecipe("tiny", CONFIG, parent=str(parent), group_size=32, **SETTINGS), corpus, qat
@@ -80,7 +79,7 @@ def test_distillation_starts_where_qat_ended_and_mixes_two_losses(corpus: Corpus
     student = model(inputs).log_softmax(-1).flatten(0, 1)
     soft = F.kl_div(student, teacher.flatten(0, 1), log_target=True, reduction="batchmean")
     assert torch.allclose(recipe.loss(model, *batch), 0.75 * hard + 0.25 * (soft + entropy), atol=1e-5)
-    assert not any(parameter.grad is not None for parameter in recipe.teacher.parameters())
+    assert not any(parameter.grad is not None for parameter in recipe.teacher_model.parameters())
 
 
 def test_distillation_without_the_run_before_it_is_refused(parent: Path, tmp_path) -> None:

@@ -55,21 +55,32 @@ def test_planting_leaves_the_code_as_it_was() -> None:
     assert without.split() == TOKENIZER.decode(CODE[:300].tolist()).split()
 
 
-@pytest.mark.parametrize("distance", [8, 100, 480])
-def test_the_fact_stands_where_it_was_asked_to(distance: int) -> None:
-    prompt, value = PLANTER.question_at(CODE[:600], distance, 3, np.random.default_rng(distance))
-    key = prompt[-1]
-    fact = [*PLANTER.frame[0], key, *value]
-    whole = [*prompt, *value]
-    ends = [i + len(fact) for i in range(len(prompt)) if prompt[i : i + len(fact)] == fact]
-    assert ends == [len(whole) - distance]
-    assert 590 <= len(whole) <= 600
+def test_the_facts_stand_where_they_were_asked_to() -> None:
+    distances = [40, 100, 480]
+    ids, answers = PLANTER.exam(CODE[:600], distances, 9, np.random.default_rng(1))
+    text = ids.tolist()
+    assert len(text) == 600
+    assert text[-2:] == text[answers[-1] :]
+    given, then = PLANTER.frame
+    for distance, answer in zip(distances, answers, strict=True):
+        key, *value = text[answer - 1 : answer + 2]
+        assert text[answer - 1 - len(then) : answer - 1] == then
+        fact = [*given, key, *value]
+        ends = [i + len(fact) for i in range(answer) if text[i : i + len(fact)] == fact]
+        assert ends == [answer + len(value) - distance]
+    facts = sum(text[i : i + len(given)] == given for i in range(600))
+    assert facts == 9 + len(distances)
 
 
-@pytest.mark.parametrize("distance", [0, 4, 700])
-def test_a_distance_that_does_not_fit_is_refused(distance: int) -> None:
-    with pytest.raises(ValueError, match=f"distance {distance}: expected"):
-        PLANTER.question_at(CODE[:600], distance, 3, np.random.default_rng(0))
+@pytest.mark.parametrize("distances", [[0], [4], [700], [100, 107]])
+def test_distances_that_do_not_fit_are_refused(distances: list[int]) -> None:
+    with pytest.raises(ValueError, match="outside or on another line"):
+        PLANTER.exam(CODE[:600], distances, 3, np.random.default_rng(0))
+
+
+def test_more_facts_than_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="40 other facts: expected fewer"):
+        PLANTER.exam(CODE[:100], [50], 40, np.random.default_rng(0))
 
 
 def test_a_batch_is_a_function_of_its_generator_and_marks_targets() -> None:
@@ -85,31 +96,31 @@ def test_a_batch_is_a_function_of_its_generator_and_marks_targets() -> None:
     assert set(targets[answers].tolist()) <= set(PLANTER.words.tolist())
 
 
+class Reader:
+    """Stands in for a model: it looks up what followed the key, up to 200 tokens back, and guesses beyond."""
+
+    device = torch.device("cpu")
+
+    def hidden_states(self, ids: Tensor) -> list[Tensor]:
+        states = torch.zeros(*ids.shape, 1, dtype=torch.int64)
+        given = PLANTER.frame[0]
+        for row, line in enumerate(ids.tolist()):
+            for at in range(len(line)):
+                for offset in (0, 1):  # this token is the key, or the first word behind it
+                    for back in range(at - 8, max(8, at - 200), -1):
+                        key = back - offset
+                        if line[key] == line[at - offset] and line[key - 3 : key] == given:
+                            states[row, at, 0] = line[back + 1]
+        return [states]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(hidden[..., 0], TOKENIZER.vocab_size).float()
+
+
 def test_accuracy_is_one_for_a_reader_and_zero_beyond_its_reach() -> None:
-    """A stub that copies what followed the key within its reach: right up to there, wrong beyond."""
-    given = PLANTER.frame[0]
-
-    class Stub:
-        device = torch.device("cpu")
-
-        def hidden_states(self, ids: Tensor) -> list[Tensor]:
-            states = torch.full((*ids.shape, 2), -1)
-            for row, line in enumerate(ids.tolist()):
-                for at in (len(line) - 2, len(line) - 1):
-                    key_at = len(line) - 2
-                    for back in range(key_at - 1, max(0, key_at - 200), -1):
-                        if line[back] == line[key_at] and line[back - len(given) : back] == given:
-                            states[row, at, 0] = line[back + 1 + at - key_at]
-                            break
-            return [states]
-
-        def logits(self, hidden: Tensor) -> Tensor:
-            ids = hidden[..., 0]
-            return torch.nn.functional.one_hot(ids.clamp(min=0), TOKENIZER.vocab_size).float()
-
-    stub: MiniCPM = Stub()  # type: ignore[assignment]
-    accuracy = retrieval_accuracy(stub, PLANTER, DOCUMENTS, 512, [16, 150, 400], samples=6)
-    assert accuracy == {16: 1.0, 150: 1.0, 400: 0.0}
+    reader: MiniCPM = Reader()  # type: ignore[assignment]
+    accuracy = retrieval_accuracy(reader, PLANTER, DOCUMENTS, 512, [32, 150, 400], samples=3, batch_tokens=1024)
+    assert accuracy == {32: 1.0, 150: 1.0, 400: 0.0}
 
 
 def test_too_little_text_is_refused() -> None:

@@ -48,11 +48,13 @@ from minicpm_ref.cases.ternary import (
     PACK,
     QUANTIZE,
     TERNARY_MATMUL,
+    TO_LANES,
     DequantizeCase,
     FakeQuantizeCase,
     PackCase,
     QuantizeCase,
     TernaryMatmulCase,
+    ToLanesCase,
 )
 from minicpm_ref.cases.training import (
     BITS_PER_BYTE,
@@ -92,6 +94,7 @@ TABLES: dict[str, Sequence[Case]] = {
     "dequantize": DEQUANTIZE,
     "fake_quantize": FAKE_QUANTIZE,
     "pack": PACK,
+    "to_lanes": TO_LANES,
     "ternary_matmul": TERNARY_MATMUL,
     "ternary_matmul_int8": TERNARY_MATMUL,
     "wsd_factor": WSD_FACTOR,
@@ -120,6 +123,7 @@ __all__ = [
     "SPARSE_TREE_ATTENTION",
     "TABLES",
     "TERNARY_MATMUL",
+    "TO_LANES",
     "WSD_FACTOR",
     "AddNormCase",
     "ApplyRopeCase",
@@ -140,5 +144,6 @@ __all__ = [
     "SparseAttentionCase",
     "SparseTreeCase",
     "TernaryMatmulCase",
+    "ToLanesCase",
     "WsdCase",
 ]

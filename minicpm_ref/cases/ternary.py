@@ -103,6 +103,20 @@ class PackCase:
 
 
 @dataclass(frozen=True)
+class ToLanesCase:
+    """One row: `to_lanes(codes)` with codes [rows, columns]."""
+
+    name: str
+    rows: int
+    columns: int
+    seed: int = 0
+
+    def build(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[Tensor]:
+        """(codes int8 [rows, columns],); no use for `dtype`."""
+        return (_codes(self.rows, self.columns, torch.Generator().manual_seed(self.seed)).to(device),)
+
+
+@dataclass(frozen=True)
 class TernaryMatmulCase:
     """One row: `ternary_matmul(x, codes, scales, group_size)` and `ternary_matmul_int8`, with x [*leading, columns]."""
 
@@ -180,6 +194,13 @@ PACK: tuple[PackCase, ...] = tuple(
         ("square", 16, 16),
     )
 ) + (PackCase("base3-odd", 3, 7, "base3"), PackCase("base3-exact", 5, 5, "base3"))
+
+TO_LANES: tuple[ToLanesCase, ...] = (
+    ToLanesCase("one-chunk", 16, 16),
+    ToLanesCase("one-block", 16, 128),
+    ToLanesCase("one-chunk-a-block", 48, 16),
+    ToLanesCase("prime-blocks", 7 * 16, 3 * 16),
+)
 
 TERNARY_MATMUL: tuple[TernaryMatmulCase, ...] = (
     TernaryMatmulCase("one-token-one-block", (1,), 16, 128),

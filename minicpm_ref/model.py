@@ -17,7 +17,7 @@ tokens. Sources: MiniCPM4 technical report (arXiv 2506.07900); MiniCPM (arXiv 24
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -147,6 +147,7 @@ class Attention(nn.Module):
         self.qkv_proj: nn.Module | None = None  # q, k and v in one product, once `ternary_layers` has merged them
         self.head_dim = config.head_dim
         self.sparse = config.sparse_config
+        self.selector: Callable[..., Tensor] | None = None  # a rival of `select_blocks`, for comparison
         self.layer = layer
 
     def forward(
@@ -177,6 +178,7 @@ class Attention(nn.Module):
         select, attend = select_blocks, sparse_attention
         if backend.choose("sparse_attention", q.device) == "triton":
             select, attend = (backend.kernel(name, "triton") for name in ("select_blocks", "sparse_attention"))
+        select = self.selector or select
         return attend(q, k, v, select(q, k, self.sparse, compressed=pooled), self.sparse)
 
 

@@ -1,0 +1,118 @@
+"""The studies measure what they say: modes see what they should, budgets recall what they keep, records are resumed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from fresh import fresh_model
+from torch import Tensor
+
+from minicpm_ref.config import ModelConfig, SparseConfig
+from minicpm_ref.data import Corpus
+from minicpm_ref.plotting import load_results
+from minicpm_ref.sparse_attention import select_blocks
+from minicpm_ref.studies import Record
+from minicpm_ref.studies.sparse_quality import (
+    MODES,
+    RecallProbe,
+    attending,
+    attention_layers,
+    block_mass,
+    long_pieces,
+    random_blocks,
+    window_only,
+)
+
+SPARSE = SparseConfig(4, 2, 1, 8, 16, 4, dense_len=32)
+CONFIG = ModelConfig(480, 64, 2, 4, 1, 96, max_position_embeddings=256, sparse_config=SPARSE)
+
+
+def tensors(tokens: int = 100) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, 4, tokens, 16, generator=generator), torch.randn(1, 1, tokens, 16, generator=generator)
+
+
+def test_a_record_is_resumed_and_refuses_other_settings(corpus: Corpus, tmp_path) -> None:
+    record = Record("study", corpus, {"samples": 3}, tmp_path)
+    record.part("rows")["a"] = 1
+    record.save()
+    assert Record("study", corpus, {"samples": 3}, tmp_path).part("rows") == {"a": 1}
+    assert load_results("study", tmp_path)["settings"]["samples"] == 3
+    with pytest.raises(ValueError, match="measured with other settings"):
+        Record("study", corpus, {"samples": 4}, tmp_path)
+
+
+def test_every_mode_sees_the_same_number_of_blocks_but_other_ones() -> None:
+    q, k = tensors()
+    window = window_only(SPARSE)
+    assert window.visible_blocks == SPARSE.visible_blocks
+    lists = {
+        "sparse": select_blocks(q, k, SPARSE),
+        "window": select_blocks(q, k, window),
+        "random": random_blocks(q, k, SPARSE),
+    }
+    last = {mode: blocks[0, 0, -1].tolist() for mode, blocks in lists.items()}
+    assert {len(set(blocks)) for blocks in last.values()} == {SPARSE.visible_blocks}
+    assert last["window"] == [0, 8, 9, 10, 11, 12]  # 13 blocks in all
+    assert last["random"] != last["sparse"]
+    assert {0, 10, 11, 12} <= set(last["random"])
+
+
+def test_attending_switches_and_switches_back() -> None:
+    model = fresh_model(CONFIG, seed=0)
+    ids = torch.arange(120)[None] % 480
+    logits = {}
+    for mode in MODES:
+        with attending(model, mode), torch.no_grad():
+            logits[mode] = model(ids)
+    model_dense = fresh_model(replace(CONFIG, sparse_config=None), seed=0)
+    assert torch.allclose(logits["dense"], model_dense(ids), atol=1e-5)
+    assert torch.equal(logits["sparse"], model(ids))
+    for mode in ("sparse", "window", "random"):
+        assert not torch.allclose(logits[mode][:, -1], logits["dense"][:, -1], atol=1e-4)
+    assert all(layer.sparse == SPARSE and layer.selector is None for layer in attention_layers(model))
+    with pytest.raises(ValueError, match="mode 'other'"), attending(model, "other"):
+        pass
+
+
+def test_block_mass_is_a_distribution_over_the_past() -> None:
+    q, k = tensors(50)
+    mass = block_mass(q, k, torch.arange(50)[None], 8)
+    assert mass.shape == (1, 1, 50, 7)
+    assert torch.allclose(mass.sum(-1), torch.ones(1, 1, 50), atol=1e-6)
+    assert mass[0, 0, 10, 2:].abs().max() == 0
+    weights = (q[0, :, 20] @ k[0, 0, :21].T / 4).softmax(-1).mean(0)
+    assert torch.allclose(mass[0, 0, 20, 1], weights[8:16].sum(), atol=1e-6)
+
+
+def test_the_probe_reads_densely_and_orders_its_rules() -> None:
+    model = fresh_model(CONFIG, seed=0)
+    ids = torch.arange(128)[None] % 480
+    with attending(model, "dense"), torch.no_grad():
+        dense = model(ids)
+    probe = RecallProbe([4, 6, 16])
+    for layer in attention_layers(model):
+        layer.selector = probe
+    with torch.no_grad():
+        assert torch.allclose(model(ids), dense, atol=1e-5)
+    for rule in ("chosen", "random", "best"):
+        shares = [sum(probe.recall[rule][budget]) for budget in (4, 6, 16)]
+        assert shares == sorted(shares)
+        assert shares[-1] == pytest.approx(2, abs=1e-4)  # every block, in both layers
+    assert sum(probe.recall["best"][6]) >= sum(probe.recall["chosen"][6]) > sum(probe.recall["random"][6])
+
+
+def test_long_pieces_are_as_long_as_asked(corpus: Corpus) -> None:
+    pieces = long_pieces(corpus, 64, 3)
+    assert len(pieces) == 3
+    assert all(60 <= len(corpus.tokenizer.encode(piece)) <= 66 for piece in pieces)
+    with pytest.raises(ValueError, match="expected 3"):
+        long_pieces(corpus, 10**6, 3)
+
+
+def test_no_study_leaves_a_result_that_no_figure_accepts(corpus: Corpus, tmp_path) -> None:
+    Record("study", corpus, {"samples": 1}, tmp_path).save()
+    assert json.loads((tmp_path / "study.json").read_text()).keys() >= {"device", "versions", "settings", "date"}

@@ -9,6 +9,9 @@ run the same checkers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def attempt(exercise: str, check: Callable[[], None]) -> str:
@@ -22,3 +25,17 @@ def attempt(exercise: str, check: Callable[[], None]) -> str:
     except NotImplementedError:
         return f"{exercise}: not solved yet"
     return f"{exercise}: solved"
+
+
+class Operations(TorchDispatchMode):
+    """Collects in `names` what torch runs inside a `with` block, such as "floor_divide", for exercises that forbid
+    some of it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__.rstrip("_"))
+        return func(*args, **(kwargs or {}))

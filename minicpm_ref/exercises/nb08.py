@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minicpm_ref.config import ModelConfig
-from minicpm_ref.exercises import attempt
+from minicpm_ref.exercises import Operations, attempt
 from minicpm_ref.ternary_packing import pack
 
 DIVISIONS = ("div", "floor_divide", "remainder", "fmod")
@@ -48,7 +46,7 @@ def check_unpack_trits(unpack_trits: Callable[[Tensor, int], Tensor]) -> str:
         generator = torch.Generator().manual_seed(0)
         for count in (5, 1, 7, 640):
             codes = torch.randint(-1, 2, (1, count), generator=generator, dtype=torch.int8)
-            with _Operations() as used:
+            with Operations() as used:
                 found = unpack_trits(pack(codes, "base3"), count)
             assert found.dtype == torch.int8, f"expected int8 codes, got {found.dtype}"
             assert tuple(found.shape) == (count,), f"{count} codes: expected shape [{count}], got {list(found.shape)}"
@@ -96,15 +94,3 @@ def check_best_scales(best_scales: Callable[[Tensor, int], Tensor]) -> str:
 def _squared_error(groups: Tensor, scales: Tensor) -> Tensor:
     """Of |w| in groups [..., g] on the grid of their scales [...], each at the nearer of its two levels."""
     return torch.minimum(groups, (groups - scales.unsqueeze(-1)).abs()).square().sum(-1)
-
-
-class _Operations(TorchDispatchMode):
-    """Collects the names of the torch operations that run inside, such as "floor_divide"."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.overloadpacket.__name__.rstrip("_"))
-        return func(*args, **(kwargs or {}))

@@ -14,7 +14,7 @@ from minicpm_ref.config import ModelConfig, SparseConfig
 from minicpm_ref.data import Corpus
 from minicpm_ref.plotting import load_results
 from minicpm_ref.sparse_attention import select_blocks
-from minicpm_ref.studies import Record
+from minicpm_ref.studies import Record, ternary_ablation
 from minicpm_ref.studies.sparse_quality import (
     MODES,
     RecallProbe,
@@ -25,6 +25,9 @@ from minicpm_ref.studies.sparse_quality import (
     random_blocks,
     window_only,
 )
+from minicpm_ref.studies.ternary_training import set_activations
+from minicpm_ref.ternary import GRIDS
+from minicpm_ref.ternary_layers import to_ternary
 
 SPARSE = SparseConfig(4, 2, 1, 8, 16, 4, dense_len=32)
 CONFIG = ModelConfig(480, 64, 2, 4, 1, 96, max_position_embeddings=256, sparse_config=SPARSE)
@@ -111,6 +114,33 @@ def test_long_pieces_are_as_long_as_asked(corpus: Corpus) -> None:
     assert all(60 <= len(corpus.tokenizer.encode(piece)) <= 66 for piece in pieces)
     with pytest.raises(ValueError, match="expected 3"):
         long_pieces(corpus, 10**6, 3)
+
+
+@pytest.mark.slow
+def test_the_ablation_trains_every_point_once(corpus: Corpus, tmp_path) -> None:
+    runs = ternary_ablation.measure(corpus, tmp_path, tokens=5 * 2048, seeds=(0,)).results["runs"]
+    kinds = [run["kind"] for run in runs.values()]
+    assert (kinds.count("fraction"), kinds.count("grid"), kinds.count("control")) == (6, len(GRIDS) - 1, 1)
+    values = [run["held_out_bits_per_byte"] for run in runs.values()]
+    assert len(set(values)) == len(values)  # no two points trained alike
+    trained: list[str] = []
+    again = ternary_ablation.measure(corpus, tmp_path, tokens=5 * 2048, seeds=(0,), report=trained.append)
+    assert again.results["runs"] == runs
+    assert trained == []
+
+
+def test_activations_are_set_in_merged_and_single_layers() -> None:
+    model = fresh_model(replace(CONFIG, intermediate_size=128, sparse_config=None), seed=0)
+    to_ternary(model, group_size=32)
+    set_activations(model, "float")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        exact = model(ids)
+        set_activations(model, "int8")
+        error = model(ids) - exact
+        set_activations(model, "float")
+        assert torch.equal(model(ids), exact)
+    assert 0 < error.std() < 0.05 * exact.std()
 
 
 def test_no_study_leaves_a_result_that_no_figure_accepts(corpus: Corpus, tmp_path) -> None:

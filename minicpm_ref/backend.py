@@ -34,7 +34,11 @@ OPERATIONS: dict[str, dict[str, str]] = {
     "sparse_attention": {"torch": "minicpm_ref.sparse_attention", "triton": "minicpm_kernels.sparse_attention"},
     "sparse_tree_attention": {"torch": "minicpm_ref.sparse_tree", "triton": "minicpm_kernels.sparse_attention"},
     "ternary_matmul": {"torch": "minicpm_ref.ternary", "triton": "minicpm_kernels.ternary_triton"},
-    "ternary_matmul_int8": {"torch": "minicpm_ref.ternary", "numba": "minicpm_kernels.ternary_cpu"},
+    "ternary_matmul_int8": {
+        "torch": "minicpm_ref.ternary",
+        "numba": "minicpm_kernels.ternary_cpu",
+        "triton": "minicpm_kernels.ternary_triton_int8",
+    },
 }
 
 

@@ -35,6 +35,8 @@ from triton.compiler import ASTSource
 from minicpm_kernels.checks import interpreting
 from minicpm_kernels.registry import KERNELS, CompileConfig
 
+TRITON_KERNELS = [kernel for kernel in KERNELS if kernel.language == "triton"]
+
 
 @dataclass(frozen=True)
 class Target:
@@ -66,11 +68,7 @@ class Report:
 
 def configs(kernel: str) -> tuple[CompileConfig, ...]:
     """The configurations in which the kernel named `kernel` must compile. Raises ValueError for an unknown name."""
-    for entry in KERNELS:
-        if entry.name == kernel:
-            modules = [importlib.import_module(name) for name in (entry.module, *entry.parts)]
-            return tuple(config for module in modules for config in module.COMPILE_CONFIGS if config.kernel == kernel)
-    raise ValueError(f"no kernel is called {kernel!r}; the registry has {[entry.name for entry in KERNELS]}")
+    return tuple(config for module in _modules(kernel) for config in module.COMPILE_CONFIGS if config.kernel == kernel)
 
 
 def compile_config(config: CompileConfig, target: Target) -> Report:
@@ -81,9 +79,9 @@ def compile_config(config: CompileConfig, target: Target) -> Report:
     """
     if interpreting():
         raise RuntimeError("TRITON_INTERPRET is set, so kernels are interpreted; compile in a process without it")
-    entry = next(entry for entry in KERNELS if entry.name == config.kernel)
-    modules = [importlib.import_module(name) for name in (entry.module, *entry.parts)]
-    function = next(getattr(module, config.function) for module in modules if hasattr(module, config.function))
+    function = next(
+        getattr(module, config.function) for module in _modules(config.kernel) if hasattr(module, config.function)
+    )
     names = function.arg_names
     source = ASTSource(
         function,
@@ -99,7 +97,11 @@ def compile_config(config: CompileConfig, target: Target) -> Report:
     compiled = triton.compile(
         source,
         target=GPUTarget(target.backend, target.arch, target.warp_size),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+        options={
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            "enable_fp_fusion": config.fp_fusion,
+        },
     )
     if target.backend == "cuda":
         registers, spills = cuda_resources(compiled.asm["cubin"])
@@ -107,6 +109,14 @@ def compile_config(config: CompileConfig, target: Target) -> Report:
     text = compiled.asm["amdgcn"]
     registers, spills = amd_resources(text)
     return Report(registers, spills, compiled.metadata.shared, text)
+
+
+def _modules(kernel: str) -> list[Any]:
+    """The module of a Triton kernel, and those of its parts."""
+    for entry in TRITON_KERNELS:
+        if entry.name == kernel:
+            return [importlib.import_module(name) for name in (entry.module, *entry.parts)]
+    raise ValueError(f"no kernel is called {kernel!r}; the registry has {[entry.name for entry in TRITON_KERNELS]}")
 
 
 def cuda_resources(cubin: bytes) -> tuple[int, int]:
@@ -139,15 +149,15 @@ def amd_resources(assembly: str) -> tuple[int, int]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m minicpm_kernels.aot", description="compile kernels without a GPU")
-    parser.add_argument("--kernel", choices=[k.name for k in KERNELS if k.language == "triton"], help="only this one")
+    parser.add_argument("--kernel", choices=[kernel.name for kernel in TRITON_KERNELS], help="only this one")
     parser.add_argument("--target", choices=list(TARGETS), help="only this one")
     parser.add_argument("--label", help="only the configuration with this label")
     parser.add_argument("--ptx", action="store_true", help="print the assembly instead of the table")
     chosen: Any = parser.parse_args(arguments)
     if not chosen.ptx:
-        print(f"{'kernel':<16} {'configuration':<16} {'target':<8} {'registers':>9} {'spills':>6} {'shared bytes':>12}")
-    for entry in KERNELS:
-        if entry.language != "triton" or chosen.kernel not in (None, entry.name):
+        print(f"{'kernel':<22} {'configuration':<16} {'target':<8} {'registers':>9} {'spills':>6} {'shared bytes':>12}")
+    for entry in TRITON_KERNELS:
+        if chosen.kernel not in (None, entry.name):
             continue
         for config in configs(entry.name):
             if chosen.label not in (None, config.label):
@@ -160,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
                     print(report.assembly)
                 else:
                     print(
-                        f"{entry.name:<16} {config.label:<16} {name:<8} {report.registers:>9} {report.spills:>6} "
+                        f"{entry.name:<22} {config.label:<16} {name:<8} {report.registers:>9} {report.spills:>6} "
                         f"{report.shared:>12}"
                     )
 

@@ -18,6 +18,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
+def on_nvidia() -> bool:
+    """Whether kernels run on an NVIDIA GPU, so that they may hold PTX: not on AMD's, and not in the interpreter."""
+    return not interpreting() and torch.version.hip is None
+
+
 def require_tensor(
     function: str,
     name: str,

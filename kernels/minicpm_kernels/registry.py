@@ -21,9 +21,10 @@ from typing import Literal
 class Kernel:
     """One fast function.
 
-    `name` is the function's name here, in the reference and in the case table; `module` holds the kernel, `reference`
-    is the module of the function that it must equal. `parts` are modules with pieces of it, which nothing else
-    launches: jitted functions, and unchecked functions that launch them. `widen` multiplies the bounds of the judge.
+    `name` is the function's name here, in the reference and in the case table; it may stand here once for each
+    language. `module` holds the kernel, `reference` is the module of the function that it must equal. `parts` are
+    modules with pieces of it, which nothing else launches: jitted functions, and unchecked functions that launch
+    them. `widen` multiplies the bounds of the judge.
     """
 
     name: str
@@ -52,6 +53,7 @@ class CompileConfig:
     - num_warps, num_stages: as at launch
     - spills: register spills (instructions that store and reload) to accept; 0 unless a reason stands beside it
     - targets: where it is launched; NVIDIA alone for inline assembly
+    - fp_fusion: whether the compiler may fuse multiplications and additions, as at launch
     """
 
     kernel: str
@@ -64,6 +66,7 @@ class CompileConfig:
     num_stages: int = 2
     spills: int = 0
     targets: tuple[str, ...] = TARGETS
+    fp_fusion: bool = True
 
 
 _SPARSE_PARTS = ("sparse_token", "sparse_union", "sparse_backward")
@@ -72,6 +75,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("add_rms_norm", "minicpm_kernels.rms_norm", "minicpm_ref.fused", "triton"),
     Kernel("ternary_matmul", "minicpm_kernels.ternary_triton", "minicpm_ref.ternary", "triton"),
     Kernel("ternary_matmul_int8", "minicpm_kernels.ternary_cpu", "minicpm_ref.ternary", "numba"),
+    Kernel("ternary_matmul_int8", "minicpm_kernels.ternary_triton_int8", "minicpm_ref.ternary", "triton"),
     Kernel("compress_keys", "minicpm_kernels.sparse_select", "minicpm_ref.sparse_attention", "triton"),
     # lists of 16-bit inputs hang on rounding: test_sparse_select.py compares the scores of what was chosen
     Kernel("select_blocks", "minicpm_kernels.sparse_select", "minicpm_ref.sparse_attention", "triton", ("float32",)),

@@ -24,8 +24,9 @@ a result does not depend on which program finished first.
 On AMD and in the interpreter the codes are converted to floats by ordinary operations instead (SUBNORMAL = False),
 with the same planes and the same float32 sums.
 
-Left out: base-3 weights (decoding costs more than the bytes it saves); group sizes other than 128; int8 activations;
-skipping zeros (a third of the weights, but an index is larger than two bits); the gradient.
+Left out: base-3 weights (decoding costs more than the bytes it saves); group sizes other than 128; skipping
+zeros (a third of the weights, but an index is larger than two bits); the gradient. Activations in int8 have kernels of
+their own, `ternary_triton_int8`.
 Source of the storage: MiniCPM4 technical report (arXiv 2506.07900) section 3.3.
 """
 
@@ -37,7 +38,7 @@ import triton
 import triton.language as tl
 
 from minicpm_kernels._ternary_triton_asm import CONSTRAINTS, WORD_PRODUCTS
-from minicpm_kernels.checks import interpreting, require_runnable, require_tensor
+from minicpm_kernels.checks import on_nvidia, require_runnable, require_tensor
 from minicpm_kernels.registry import NVIDIA, TARGETS, CompileConfig
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -235,7 +236,7 @@ def ternary_matmul(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, g
     Raises ValueError for anything else (other group sizes, bfloat16 in the interpreter), RuntimeError when a gradient
     would be needed. Source: MiniCPM4 technical report (arXiv 2506.07900) section 3.3.
     """
-    _validate(x, codes, scales, group_size)
+    _validate("ternary_matmul", x, codes, scales, group_size)
     flat = x.reshape(-1, x.shape[-1])  # [tokens, in]
     words = codes.view(torch.int32).squeeze(-1)  # [out / 16, in / 16, 16]
     subnormal = _subnormal() and x.dtype != torch.float32
@@ -252,7 +253,7 @@ def ternary_matmul(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, g
 
 def _subnormal() -> bool:
     """Whether codes may be read as subnormal float16: on NVIDIA GPUs. Elsewhere they are converted."""
-    return not interpreting() and torch.version.hip is None
+    return on_nvidia()
 
 
 def _run_matvec(x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, subnormal: bool) -> torch.Tensor:
@@ -339,8 +340,7 @@ def _matmul_tile(tokens: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return 128, 64, 8
 
 
-def _validate(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, group_size: int) -> None:
-    name = "ternary_matmul"
+def _validate(name: str, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, group_size: int) -> None:
     if group_size != GROUP:
         raise ValueError(f"{name}: group_size {group_size}, expected {GROUP}, which these kernels are written for")
     require_tensor(name, "x", x, dtypes=DTYPES)

@@ -21,7 +21,7 @@ from minicpm_ref.cases import TABLES, Case
 def rows() -> list[Any]:
     """One parameter set for every kernel, row and dtype; rows marked `big` are too slow for the interpreter."""
     return [
-        pytest.param(kernel, case, dtype, id=f"{kernel.name}-{case.name}-{dtype}")
+        pytest.param(kernel, case, dtype, id=f"{kernel.name}-{kernel.language}-{case.name}-{dtype}")
         for kernel in KERNELS
         for case in TABLES[kernel.name]
         if not (kernel.language == "triton" and getattr(case, "big", False))

@@ -28,17 +28,17 @@ TOURS = {"00_start_here"}
 SUPPORT = {"registry", "testing", "aot", "checks", "sparse_arguments"}  # modules of minicpm_kernels that hold no kernel
 
 
-def kernel_functions() -> dict[str, str]:
-    """Public function -> module for everything in `minicpm_kernels` that is not support code, a jitted kernel or a part
+def kernel_functions() -> set[tuple[str, str]]:
+    """(public function, module) for everything in `minicpm_kernels` that is not support code, a jitted kernel or a part
     of one."""
     parts = {part.rpartition(".")[2] for kernel in KERNELS for part in kernel.parts}
-    found = {}
+    found = set()
     for path in sorted((ROOT / "kernels" / "minicpm_kernels").glob("*.py")):
         if path.stem.startswith("_") or path.stem in SUPPORT | parts:
             continue
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and not node.decorator_list:
-                found[node.name] = f"minicpm_kernels.{path.stem}"
+                found.add((node.name, f"minicpm_kernels.{path.stem}"))
     return found
 
 
@@ -73,9 +73,8 @@ def test_a_copy_of_a_package_function_is_a_twin(path: Path) -> None:
 
 
 def test_every_kernel_is_registered() -> None:
-    registered = {kernel.name: kernel.module for kernel in KERNELS}
-    assert len(registered) == len(KERNELS), "two entries have the same name"
-    assert registered == kernel_functions()
+    assert len({(kernel.name, kernel.language) for kernel in KERNELS}) == len(KERNELS), "an entry stands there twice"
+    assert {(kernel.name, kernel.module) for kernel in KERNELS} == kernel_functions()
 
 
 def test_every_table_belongs_to_one_function() -> None:
@@ -85,7 +84,7 @@ def test_every_table_belongs_to_one_function() -> None:
         assert len(names) == len(set(names)), f"two rows of {name} have the same name"
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: f"{kernel.name}-{kernel.language}")
 class TestKernel:
     def test_has_a_reference_with_its_signature(self, kernel: Kernel) -> None:
         reference = package_function(kernel.name)
@@ -99,7 +98,7 @@ class TestKernel:
         assert TABLES.get(kernel.name)
 
     def test_has_a_test_against_its_reference(self, kernel: Kernel) -> None:
-        wanted = f"::test_kernel_equals_reference[{kernel.name}-"
+        wanted = f"::test_kernel_equals_reference[{kernel.name}-{kernel.language}-"
         assert any(wanted in test for test in collected_kernel_tests()), f"no test id contains {wanted}"
 
     def test_has_a_compile_test(self, kernel: Kernel) -> None:

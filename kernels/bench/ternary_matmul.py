@@ -17,7 +17,7 @@ How it is timed:
 - minimum and median over all calls; activations are quantized inside the timed call where a method does that;
 - every implementation is checked against float64 first.
 
-ggml takes part when a package that bundles it is installed (pip install xllamacpp, or pywhispercpp; see `ggml_peer`).
+ggml takes part when a package that bundles it is installed (pip install 'minicpm_ref[bench]'; see `ggml_peer`).
 Codes and scales are such that all of ggml's types but Q4_0 hold the same weights: one scale for 256 of them.
 
 Run: python kernels/bench/ternary_matmul.py [--threads 1 2] [--rounds 8] [--quick --out FOLDER]

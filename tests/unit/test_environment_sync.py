@@ -28,6 +28,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 OURS = {"minicpm_ref", "minicpm_kernels"}
+ON_PATH = ("kernels/bench", "figures", "tests/unit")  # folders whose files tests import by name
 # Import name -> the requirement that brings it, where the two differ.
 DISTRIBUTION = {"yaml": "pyyaml", "llvmlite": "numba", "IPython": "ipykernel"}
 
@@ -84,7 +85,9 @@ def test_base_installation_stays_small() -> None:
 
 
 def test_dev_extra_brings_every_other_extra() -> None:
-    assert names("dev") == names(*EXTRAS)
+    """All but the peers of the benchmarks, which nothing else needs."""
+    assert names("dev") == names(*(set(EXTRAS) - {"bench"}))
+    assert not names("dev") & {r.name for r in requirements(EXTRAS["bench"])}
 
 
 def test_torch_and_triton_are_a_pair() -> None:
@@ -171,8 +174,8 @@ def distributions(modules: set[str]) -> set[str]:
 )
 def test_every_import_is_declared(folder: str, extras: tuple[str, ...]) -> None:
     for path, code in python_sources(folder):
-        benchmarks = {p.stem for p in (ROOT / "kernels" / "bench").glob("*.py")}
-        neighbours = {p.stem for p in path.parent.iterdir() if p.suffix == ".py" or p.is_dir()} | benchmarks | OURS
+        folders = (path.parent, *(ROOT / name for name in ON_PATH))
+        neighbours = {p.stem for f in folders for p in f.iterdir() if p.suffix == ".py" or p.is_dir()} | OURS
         missing = distributions(imported(ast.walk(ast.parse(code))) - neighbours) - names(*extras)
         assert not missing, f"{path.relative_to(ROOT)} imports {sorted(missing)}, which no requirement brings"
 

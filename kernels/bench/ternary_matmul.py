@@ -14,13 +14,15 @@ How it is timed:
   of the next;
 - weights in huge pages for everybody, aligned to cache lines (in a program of your own, THP_MEM_ALLOC_ENABLE=1 makes
   torch ask for them);
-- minimum and median over all calls; activations are quantized inside the timed call where a method does that;
+- minimum and median over all calls, of which a slow candidate gets fewer; several threads up to four tokens, one
+  beyond; activations are quantized inside the timed call where a method does that;
 - every implementation is checked against float64 first.
 
 ggml takes part when a package that bundles it is installed (pip install 'minicpm_ref[bench]'; see `ggml_peer`).
 Codes and scales are such that all of ggml's types but Q4_0 hold the same weights: one scale for 256 of them.
 
-Run: python kernels/bench/ternary_matmul.py [--threads 1 2] [--rounds 8] [--quick --out FOLDER]
+Run: python kernels/bench/ternary_matmul.py [--threads 1 2] [--rounds 8] [--quick --out FOLDER]. It takes about ten
+minutes.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ SHAPES = {"4096x4096": (4096, 4096), "16384x4096": (16384, 4096), "4096x16384": 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256)
 QUICK_SHAPES, QUICK_TOKENS = {"64x512": (64, 512)}, (1, 3)
 GROUP_SIZE = 128
+THREADED_TOKENS = 4  # beyond them arithmetic is the limit, and only the first number of threads is timed
 MOST_COPIES = 512
+LEAST_ROUNDS, MOST_SECONDS = 3, 1.0  # of calls; a candidate that has had both sits out the rounds that are left
 PAUSE = 0.01  # seconds; longer than the threads of an OpenMP runtime spin
 # relative error against float64 that is accepted: rounding of bfloat16, of int8 activations, of four-bit weights
 ACCEPTED = {
@@ -137,13 +141,17 @@ def check(candidates: Mapping[str, Candidate], x: torch.Tensor, dense: torch.Ten
 
 
 def measure(candidates: Mapping[str, Candidate], rounds: int, burst: float) -> dict[str, list[float]]:
-    """Seconds of every timed call of every candidate; `burst` seconds of calls, at least one, in each of `rounds`."""
+    """Seconds of every timed call of every candidate; `burst` seconds of calls, at least one, in each of `rounds`, up
+    to MOST_SECONDS.
+    """
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     following = dict.fromkeys(candidates, 0)
     names = list(candidates)
     for turn in range(rounds):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
+            if turn >= LEAST_ROUNDS and sum(samples[name]) >= MOST_SECONDS:
+                continue
             candidate = candidates[name]
             time.sleep(PAUSE)
             candidate.call(following[name])
@@ -211,7 +219,7 @@ def main() -> None:
         problem = Problem(out, columns, ggml, rotate_over)
         for tokens in QUICK_TOKENS if chosen.quick else TOKENS:
             x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1))
-            for threads in chosen.threads:
+            for threads in chosen.threads if tokens <= THREADED_TOKENS else chosen.threads[:1]:
                 torch.set_num_threads(threads)
                 candidates = problem.candidates(x, threads)
                 with torch.inference_mode():

@@ -14,6 +14,8 @@ How it is timed:
 
 `ternary` is the public function. `matvec`, `matmul` and `scratch` force one of its kernels where the public function
 may prefer another: by these rows MATVEC_TOKENS and SCRATCH_TOKENS of `minicpm_kernels.ternary_triton` are to be set.
+`int8`, `int8_matvec` and `int8_matmul` are the same with activations rounded to int8 (`ternary_triton_int8`), the
+opponents of the float kernels; they are judged against the reference that rounds, too.
 
 Run: python kernels/bench/ternary_matmul_gpu.py [--rounds 20] [--quick]. It needs a GPU.
 """
@@ -32,7 +34,7 @@ from common import graphed, rotation, summary, time_once, write_results
 from minicpm_kernels import testing
 from minicpm_ref.cases import TernaryMatmulCase
 from minicpm_ref.config import ModelConfig
-from minicpm_ref.ternary import dequantize, ternary_matmul
+from minicpm_ref.ternary import dequantize, ternary_matmul, ternary_matmul_int8
 from minicpm_ref.ternary_packing import from_lanes, scales_from_lanes
 
 SHAPES = ((4096, 4096), (16384, 4096), (4096, 16384))  # out, in
@@ -58,6 +60,7 @@ def candidates(
 ) -> dict[str, tuple[Callable[..., torch.Tensor], tuple[Any, ...]]]:
     """Name -> (function, its arguments): y [tokens, out]."""
     from minicpm_kernels import ternary_triton as kernels  # not above: Triton must not start on a machine without a GPU
+    from minicpm_kernels import ternary_triton_int8 as int8
 
     subnormal = kernels._subnormal()
     words = codes.view(torch.int32).squeeze(-1)
@@ -67,9 +70,12 @@ def candidates(
         "ternary": (kernels.ternary_matmul, (x, codes, scales)),
         "matmul": (lambda *a: kernels._run_matmul(*a, subnormal), (x, words, scales)),
         "scratch": (lambda x, w, s: F.linear(x, kernels._dense(w, s, x.dtype)), (x, words, scales)),
+        "int8": (int8.ternary_matmul_int8, (x, codes, scales)),
+        "int8_matmul": (int8._run_matmul, (x, words, scales)),
     }
     if len(x) <= 4:
         found["matvec"] = (lambda *a: kernels._run_matvec(*a, subnormal), (x, words, scales))
+        found["int8_matvec"] = (int8._run_matvec, (x, words, scales))
     return found
 
 
@@ -78,6 +84,16 @@ def prepare(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     from minicpm_kernels import ternary_triton as kernels
 
     return kernels._prepare(x, len(x), kernels._subnormal())
+
+
+def prepare_int8(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same for the kernels on int8."""
+    from minicpm_kernels import ternary_triton_int8
+
+    return ternary_triton_int8._prepare(x, len(x))
+
+
+PREPARATIONS = {"prepare": prepare, "int8_prepare": prepare_int8}  # their rows are no products
 
 
 def time_in_turns(
@@ -123,12 +139,14 @@ def main(arguments: list[str] | None = None) -> None:
             x, codes, scales, _ = TernaryMatmulCase("bench", (tokens,), out, columns).build(torch.bfloat16, "cuda")
             with torch.no_grad():
                 calls = candidates(x, codes, scales)
-                expected = ternary_matmul(x.double(), codes, scales)
+                exact = ternary_matmul(x.double(), codes, scales)
+                rounded = ternary_matmul_int8(x.double(), codes, scales)
                 for name, (function, given) in calls.items():
+                    expected = rounded if name.startswith("int8") else exact
                     testing.assert_close(function(*given), expected, what=f"{name}, {tokens} tokens, {out} x {columns}")
-                times = time_in_turns(calls | {"prepare": (prepare, (x,))}, rounds)
+                times = time_in_turns(calls | {name: (call, (x,)) for name, call in PREPARATIONS.items()}, rounds)
             for name, time in times.items():
-                weights = 0 if name == "prepare" else given_bytes(calls[name][1])
+                weights = 0 if name in PREPARATIONS else given_bytes(calls[name][1])
                 row = {"implementation": name, "tokens": tokens, "out": out, "in": columns, "bytes": weights + x.nbytes}
                 rows.append(row | time)
                 ratio = times["torch_bfloat16"]["median_us"] / time["median_us"]

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from minicpm_ref.cases import TernaryMatmulCase
+from minicpm_ref.ternary import quantize_activations
 from minicpm_ref.ternary import ternary_matmul as reference
+from minicpm_ref.ternary import ternary_matmul_int8 as reference_int8
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(4096, 4096), (1024, 16384), (512, 256)]
@@ -57,3 +59,35 @@ def test_a_nan_stays_in_its_token() -> None:
         x, codes, scales, group = TernaryMatmulCase("row", (tokens,), 4096, 4096).build(torch.bfloat16, "cuda")
         x[1, 7] = torch.nan
         assert_close(ternary_matmul(x, codes, scales, group), reference(x.double(), codes, scales, group))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 16, 33, 64, 257])
+def test_int8_activations(tokens: int, shape: tuple[int, int]) -> None:
+    """Both kernels, dp4a and tensor cores: as the reference, whose integers are exact, and the same bits every time."""
+    from minicpm_kernels import ternary_triton_int8 as kernels
+    from minicpm_kernels.testing import check_kernel
+
+    def matvec(x: Tensor, codes: Tensor, scales: Tensor, group_size: int) -> Tensor:
+        return kernels._run_matvec(x, codes.view(torch.int32).squeeze(-1), scales)
+
+    arguments = TernaryMatmulCase("row", (tokens,), *shape).build(torch.float32, "cuda")
+    for kernel in (kernels.ternary_matmul_int8, *([matvec] if tokens <= 4 else [])):
+        check_kernel(kernel, reference_int8, arguments)
+        once = kernel(*arguments)
+        assert all(torch.equal(kernel(*arguments), once) for _ in range(10))
+
+
+def test_activations_are_rounded_as_in_the_reference() -> None:
+    """To the last bit: division and rounding half to even, which fused or approximate arithmetic would miss."""
+    from minicpm_kernels.ternary_triton_int8 import _prepare
+
+    x, *_ = TernaryMatmulCase("row", (33,), 16, 4096).build(torch.bfloat16, "cuda")
+    x[0, :128] = torch.arange(128, device="cuda") + 0.5  # 127.5 / 127.5 * 127 and many values next to halves
+    q, scales, sums = _prepare(x, 48)
+    expected, expected_scales = quantize_activations(x)
+    sorted_q = expected.view(33, 32, 8, 4, 4).transpose(2, 3).reshape(33, 4096)  # by bit pair
+    assert torch.equal(q[:33], sorted_q)
+    assert torch.equal(scales.T[:33], expected_scales)
+    assert torch.equal(sums.T[:33], expected.sum(-1, dtype=torch.int32))
+    assert not q[33:].any()

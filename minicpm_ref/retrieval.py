@@ -4,15 +4,19 @@ The problem: bits per byte hardly notice whether a model can look far back, beca
 predictable from its neighbourhood. The idea: plant facts whose answer is nowhere else. A fact is a comment that stands
 far above,
 
-    # given alpha beta gamma
+    # given alpha beta alpha beta alpha beta alpha beta
 
 and a question that comes below it, after other code and other facts:
 
-    # then alpha beta gamma
+    # then alpha beta
 
-The last two words of the question can be told only by looking up what followed the first, and the choice among a few
-hundred words makes guessing hopeless. Words are single tokens of the vocabulary; one half of them makes the facts of
-training and the other half those of the evaluation, so that no fact of the evaluation was ever seen.
+The last word of the question can be told only by looking up what followed the first, and the choice among a few hundred
+words makes guessing hopeless. Words are single tokens of the vocabulary. One fact in eight, by a hash of its two words,
+is kept for the evaluation, so that no fact of the evaluation was ever seen in training. (The words were: a model this
+small learns to copy the words it has copied before, and fails on words it never had to copy.)
+
+Why a fact repeats itself: sparse attention chooses blocks by the *mean* of their keys, in which a single token that
+matches the question drowns. What is worth finding fills its neighbourhood; a name that is defined is used nearby, too.
 
 Related: the needle tests of RULER (arXiv 2404.06654). Left out: paraphrase, several hops; a model of five million
 parameters copies, it does not reason.
@@ -36,12 +40,18 @@ from minicpm_ref.model import MiniCPM
 from minicpm_ref.tokenizer import Tokenizer
 
 Ids = list[int]
+Fact = tuple[int, int]  # token ids of key and value
+REPEATS = 4  # how often a fact says itself
 FACT_SPACING = 32  # tokens to a planted fact: dense enough to be learned within minutes
+
+
+def _kept_from_training(key: int, value: int) -> bool:
+    return hashlib.sha256(f"{key} {value}".encode()).digest()[0] % 8 == 0
 
 
 @dataclass(frozen=True)
 class Planter:
-    """Writes facts and questions into token sequences. `held_out` picks the half of the words kept from training.
+    """Writes facts and questions into token sequences. `held_out` picks the facts that are kept from training.
 
     Raises ValueError for a vocabulary with too few words.
     """
@@ -56,9 +66,7 @@ class Planter:
         for token_id in range(self.tokenizer.vocab_size):
             text = self.tokenizer.decode([token_id])
             if re.fullmatch(r" [a-z]{4,9}", text) and text not in (" given", " then"):
-                half = hashlib.sha256(text.encode()).digest()[0] % 2 == 0
-                if half == self.held_out:
-                    found.append(token_id)
+                found.append(token_id)
         if len(found) < 16:
             raise ValueError(f"a vocabulary with {len(found)} words of 4 to 9 letters: expected at least 16")
         return np.array(found)
@@ -75,14 +83,24 @@ class Planter:
         given, then = (self.tokenizer.encode(text, add_bos=False) for text in ("\n# given", "\n# then"))
         return given, then
 
-    def draw(self, rng: Generator, count: int) -> list[tuple[int, Ids]]:
-        """`count` facts: a key, different in each, and a value of two words that are no keys."""
+    def draw(self, rng: Generator, count: int) -> list[Fact]:
+        """`count` facts: a key, different in each, and a value that is no key."""
         keys, rest = np.split(rng.permutation(self.words), [count])
-        return [(int(key), [int(word) for word in rng.choice(rest, 2, replace=False)]) for key in keys]
+        facts = []
+        for key in keys.tolist():
+            value = int(rng.choice(rest))
+            while _kept_from_training(key, value) != self.held_out:
+                value = int(rng.choice(rest))
+            facts.append((key, value))
+        return facts
 
-    def line(self, key: int, value: Ids, question: bool = False) -> Ids:
-        """The tokens of a fact, or of its question with the answer."""
-        return [*self.frame[question], key, *value]
+    def fact_line(self, fact: Fact) -> Ids:
+        """The tokens of a fact."""
+        return [*self.frame[0], *fact * REPEATS]
+
+    def question_line(self, fact: Fact) -> Ids:
+        """The tokens of a fact's question, its answer last."""
+        return [*self.frame[1], *fact]
 
     def line_starts(self, code: np.ndarray) -> np.ndarray:
         """Positions of `code` [n] before which a line may be planted; every position, where there is no line break."""
@@ -92,20 +110,24 @@ class Planter:
     def plant(self, code: np.ndarray, count: int, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
         """`code` (ids [n]) with `count` facts and, below each, its question: ids [n + added], and True at the answers.
 
-        Places are drawn evenly, so every distance up to the length occurs.
+        Distances, counted in lines, are drawn evenly.
         """
         starts = self.line_starts(code)
-        planted: list[tuple[int, Ids, int]] = []  # place, line, how many tokens at its end are an answer
-        for key, value in self.draw(rng, count):
-            first, second = sorted(int(place) for place in rng.choice(starts, 2))
-            planted += [(first, self.line(key, value), 0), (second, self.line(key, value, question=True), len(value))]
+        planted: list[tuple[int, Ids, bool]] = []  # place, line, whether its last token is an answer
+        for fact in self.draw(rng, count):
+            distance = int(rng.integers(len(starts)))
+            first = int(rng.integers(len(starts) - distance))
+            planted += [
+                (int(starts[first]), self.fact_line(fact), False),
+                (int(starts[first + distance]), self.question_line(fact), True),
+            ]
         planted.sort(key=lambda entry: entry[0])  # stable: a fact stays before its question
         ids: Ids = []
         answers: list[bool] = []
         done = 0
         for place, line, answer in planted:
             ids += [*code[done:place].tolist(), *line]
-            answers += [False] * (place - done + len(line) - answer) + [True] * answer
+            answers += [False] * (place - done + len(line) - 1) + [answer]
             done = place
         ids += code[done:].tolist()
         answers += [False] * (len(code) - done)
@@ -114,29 +136,29 @@ class Planter:
     def added(self, count: int) -> int:
         """How many tokens `plant` adds for `count` facts."""
         given, then = self.frame
-        return count * (len(given) + len(then) + 6)
+        return count * (len(given) + len(then) + 2 * REPEATS + 2)
 
     def exam(
         self, code: np.ndarray, distances: Sequence[int], others: int, rng: Generator
     ) -> tuple[np.ndarray, list[int]]:
-        """As many ids as `code` has: code with facts, then a question for each of `distances`, answers included; and
-        where each answer begins.
+        """As many ids as `code` has: code with facts, then a question for each of `distances`, answer included; and
+        where each answer is.
 
         The fact of a question ends `distance` tokens before its answer does; `others` facts are asked for by nobody.
         Raises ValueError for facts that do not fit, or would overlap.
         """
         facts = self.draw(rng, len(distances) + others)
         ids = np.full(len(code), -1)
-        lines = [self.line(key, value, question=True) for key, value in facts[: len(distances)]]
         end = len(code)
         answers: list[int] = []
-        for line, distance, fact in reversed(list(zip(lines, distances, facts[: len(distances)], strict=True))):
-            self._put(ids, end - len(line), line, f"question {len(lines)}")
-            self._put(ids, end - distance - len(self.line(*fact)), self.line(*fact), f"distance {distance}")
-            answers.insert(0, end - len(fact[1]))
-            end -= len(line)
+        for fact, distance in reversed(list(zip(facts[: len(distances)], distances, strict=True))):
+            question, line = self.question_line(fact), self.fact_line(fact)
+            self._put(ids, end - len(question), question, "question")
+            self._put(ids, end - distance - len(line), line, f"distance {distance}")
+            answers.insert(0, end - 1)
+            end -= len(question)
         for fact in facts[len(distances) :]:
-            line = self.line(*fact)
+            line = self.fact_line(fact)
             room = np.lib.stride_tricks.sliding_window_view(ids[:end] < 0, len(line)).all(-1)
             if not room.any():
                 raise ValueError(f"{others} other facts: expected fewer, {len(code)} ids are full")
@@ -163,7 +185,7 @@ def retrieval_accuracy(
     seed: int = 0,
     batch_tokens: int = 8192,
 ) -> dict[int, float]:
-    """Share of `samples` questions at each distance (in tokens) whose whole answer `model` ranks first.
+    """Share of `samples` questions at each distance (in tokens) whose answer `model` ranks first.
 
     Sequences of `length` tokens are cut from `documents` laid end to end, with one fact in FACT_SPACING tokens. The
     same seed asks every model the same questions. Raises ValueError for too little text, and as `Planter.exam` does.
@@ -183,10 +205,8 @@ def retrieval_accuracy(
             exams.append(planter.exam(code[start : start + length], distances, others, rng))
         ids = torch.from_numpy(np.stack([ids for ids, _ in exams])).to(model.device)
         answers = torch.tensor(exams[0][1], device=model.device)  # the same in every row
-        answers = torch.stack([answers, answers + 1], dim=1)  # [distances, 2]
-        # given the first word of the answer: the second counts only if the first was right, too
-        hidden = model.hidden_states(ids)[-1][:, answers - 1]  # [B, distances, 2, C]
-        right += (model.logits(hidden).argmax(-1) == ids[:, answers]).all(-1).sum(0).cpu()
+        hidden = model.hidden_states(ids)[-1][:, answers - 1]  # [B, distances, C]
+        right += (model.logits(hidden).argmax(-1) == ids[:, answers]).sum(0).cpu()
     return {distance: float(share) for distance, share in zip(distances, right / samples, strict=True)}
 
 

@@ -31,7 +31,7 @@ from minicpm_ref.ternary import GRIDS
 from minicpm_ref.train import Recipe, Trainer
 from minicpm_ref.wind_tunnel import PROXY
 
-TOKENS = 409_600  # of every run, both stages together
+TOKENS = 204_800  # of every run, both stages together
 FRACTIONS = (0.0, 0.1, 0.2, 0.4, 0.6, 1.0)
 GRID_FRACTION = 0.4
 SEEDS = (0, 1, 2)

@@ -12,7 +12,7 @@ from torch import Tensor
 from minicpm_ref.checkpoint import EMBEDDED
 from minicpm_ref.data import Document, read_held_out
 from minicpm_ref.model import MiniCPM
-from minicpm_ref.retrieval import FACT_SPACING, Planter, planted_batch, retrieval_accuracy
+from minicpm_ref.retrieval import FACT_SPACING, REPEATS, Planter, planted_batch, retrieval_accuracy
 from minicpm_ref.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load(EMBEDDED / "base" / "tokenizer.json")
@@ -21,10 +21,15 @@ DOCUMENTS = read_held_out(EMBEDDED / "held_out.jsonl")
 CODE = np.concatenate([np.array(ids) for ids in TOKENIZER.encode_batch([d.text for d in DOCUMENTS])])
 
 
-def test_training_and_evaluation_share_no_word() -> None:
-    held_out = Planter(TOKENIZER, held_out=True)
-    assert not set(PLANTER.words) & set(held_out.words)
-    assert min(len(PLANTER.words), len(held_out.words)) > 100
+def test_training_and_evaluation_share_no_fact() -> None:
+    facts = {}
+    for held_out in (False, True):
+        rng = np.random.default_rng(0)
+        facts[held_out] = {fact for _ in range(40) for fact in Planter(TOKENIZER, held_out).draw(rng, 100)}
+        assert all(key != value for key, value in facts[held_out])
+    assert not facts[False] & facts[True]
+    assert len(facts[False]) > 3500
+    assert len({key for key, _ in facts[True]}) == len(PLANTER.words) > 300
 
 
 def test_a_small_vocabulary_is_refused() -> None:
@@ -38,13 +43,13 @@ def test_every_answer_can_be_read_above_its_question(seed: int) -> None:
     count = 6
     ids, answers = PLANTER.plant(CODE[:400], count, np.random.default_rng(seed))
     assert len(ids) == len(answers) == 400 + PLANTER.added(count)
-    assert answers.sum() == 2 * count
+    assert answers.sum() == count
     given, then = PLANTER.frame
     text = ids.tolist()
-    for end in np.flatnonzero(answers)[1::2]:
-        key, *value = text[end - 2 : end + 1]
-        assert text[end - 2 - len(then) : end - 2] == then
-        fact = [*given, key, *value]
+    for end in np.flatnonzero(answers):
+        key, value = text[end - 1 : end + 1]
+        assert text[end - 1 - len(then) : end - 1] == then
+        fact = [*given, *[key, value] * REPEATS]
         assert any(text[i : i + len(fact)] == fact for i in range(end - len(fact)))
 
 
@@ -60,19 +65,19 @@ def test_the_facts_stand_where_they_were_asked_to() -> None:
     ids, answers = PLANTER.exam(CODE[:600], distances, 9, np.random.default_rng(1))
     text = ids.tolist()
     assert len(text) == 600
-    assert text[-2:] == text[answers[-1] :]
+    assert answers[-1] == 599
     given, then = PLANTER.frame
     for distance, answer in zip(distances, answers, strict=True):
-        key, *value = text[answer - 1 : answer + 2]
+        key, value = text[answer - 1 : answer + 1]
         assert text[answer - 1 - len(then) : answer - 1] == then
-        fact = [*given, key, *value]
+        fact = [*given, *[key, value] * REPEATS]
         ends = [i + len(fact) for i in range(answer) if text[i : i + len(fact)] == fact]
-        assert ends == [answer + len(value) - distance]
+        assert ends == [answer + 1 - distance]
     facts = sum(text[i : i + len(given)] == given for i in range(600))
     assert facts == 9 + len(distances)
 
 
-@pytest.mark.parametrize("distances", [[0], [4], [700], [100, 107]])
+@pytest.mark.parametrize("distances", [[0], [4], [700], [100, 110]])
 def test_distances_that_do_not_fit_are_refused(distances: list[int]) -> None:
     with pytest.raises(ValueError, match="outside or on another line"):
         PLANTER.exam(CODE[:600], distances, 3, np.random.default_rng(0))
@@ -92,7 +97,7 @@ def test_a_batch_is_a_function_of_its_generator_and_marks_targets() -> None:
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
     assert all(torch.equal(a, b) for a, b in zip((inputs, targets, answers), draw(1), strict=True))
     assert not torch.equal(inputs, draw(2)[0])
-    assert set(answers.sum(1).tolist()) == {0, 2 * (128 // FACT_SPACING)}
+    assert set(answers.sum(1).tolist()) == {0, 128 // FACT_SPACING}
     assert set(targets[answers].tolist()) <= set(PLANTER.words.tolist())
 
 
@@ -105,12 +110,10 @@ class Reader:
         states = torch.zeros(*ids.shape, 1, dtype=torch.int64)
         given = PLANTER.frame[0]
         for row, line in enumerate(ids.tolist()):
-            for at in range(len(line)):
-                for offset in (0, 1):  # this token is the key, or the first word behind it
-                    for back in range(at - 8, max(8, at - 200), -1):
-                        key = back - offset
-                        if line[key] == line[at - offset] and line[key - 3 : key] == given:
-                            states[row, at, 0] = line[back + 1]
+            for at, key in enumerate(line):
+                for back in range(at - 1, max(3, at - 200), -1):
+                    if line[back] == key and line[back - len(given) : back] == given:
+                        states[row, at, 0] = line[back + 1]
         return [states]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -64,3 +64,128 @@ def base_training(results: dict[str, Any]) -> Figure:
     left.set_ylim(top=min(6.5, max(value for _, value in results["loss_curve"])))
     fig.supxlabel(source_note(results), fontsize=7)
     return fig
+
+
+# how the ways to attend are called in every figure, and their colours
+ATTENTION = {
+    "base": ("base, dense", "black"),
+    "dense": ("dense", "orange"),
+    "sparse": ("sparse", "blue"),
+    "window": ("window only", "green"),
+    "random": ("random blocks", "purple"),
+}
+
+
+def sparse_quality(results: dict[str, Any]) -> Figure:
+    """What sparse attention costs and buys: bits per byte by length, retrieval by distance, recalled attention."""
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(8.6, 3.4))
+    for mode, (label, colour) in ATTENTION.items():
+        points = [(int(length), values[mode]) for length, values in results["bits_per_byte"].items()]
+        left.plot(*zip(*points, strict=True), "o-", markersize=4, color=COLOURS[colour], label=label)
+        if mode in results["retrieval"]:
+            points = [(int(distance), 100 * share) for distance, share in results["retrieval"][mode].items()]
+            middle.plot(*zip(*points, strict=True), "o-", markersize=4, color=COLOURS[colour], label=label)
+    left.set(xscale="log", xlabel="tokens a sequence", title="held-out bits per byte")
+    lengths = [int(length) for length in results["bits_per_byte"]]
+    distances = [int(distance) for distance in next(iter(results["retrieval"].values()))]
+    for ax, ticks in ((left, lengths), (middle, distances)):
+        ax.set_xscale("log")
+        ax.set_xticks(ticks)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
+        ax.tick_params(axis="x", labelsize=7)
+    left.legend(fontsize=7)
+    window = results["settings"]["sparse_config"]["window_size"]
+    middle.axvline(window, color="black", linestyle="--", linewidth=1)
+    middle.annotate(
+        "window", (window, 0.02), xytext=(3, 0), xycoords=middle.get_xaxis_transform(), textcoords="offset points",
+        fontsize=7,
+    )  # fmt: skip
+    middle.set(xlabel="distance in tokens", ylim=(-3, 103), title="facts retrieved, %")
+    for rule, label, colour in (
+        ("best", "largest first", "black"),
+        ("chosen", "chosen", "blue"),
+        ("random", "at random", "purple"),
+    ):
+        by_budget = results["mass_recall"][rule]
+        shares = [100 * sum(layers) / len(layers) for layers in by_budget.values()]
+        budgets = [int(budget) for budget in by_budget]
+        right.plot(budgets, shares, "o-", markersize=4, color=COLOURS[colour], label=label)
+    config = results["settings"]["sparse_config"]
+    visible = config["topk"] + config["window_size"] // config["block_size"]
+    right.axvline(visible, color="black", linestyle="--", linewidth=1)
+    right.set(xlabel="visible blocks", ylim=(0, 103), title="attention mass recalled, %")
+    right.legend(fontsize=7)
+    fig.supxlabel(source_note(results), fontsize=7)
+    return fig
+
+
+STAGES = {
+    "base": ("base, full precision", "black"),
+    "ptq": ("rounded, no training", "red"),
+    "qat": ("QAT", "blue"),
+    "qat+distillation": ("QAT + distillation", "green"),
+    "continued": ("control: as long as\nQAT, full precision", "orange"),
+}
+
+
+def ternary_training(results: dict[str, Any]) -> Figure:
+    """Held-out quality of each stage of ternary training against the base, and how the runs got there."""
+    rows = {row["name"]: row for row in results["rows"]}
+    fig, (left, right) = plt.subplots(1, 2)
+    for y, (name, (_, colour)) in enumerate(STAGES.items()):
+        value = rows[name]["held_out_bits_per_byte"]["all"]
+        left.barh(y, value, 0.6, color=COLOURS[colour])
+        left.annotate(f"{value:.3f}", (value, y), xytext=(3, 0), textcoords="offset points", fontsize=8, va="center")
+    left.set_yticks(range(len(STAGES)), [label for label, _ in STAGES.values()], fontsize=8)
+    left.invert_yaxis()
+    left.margins(x=0.18)
+    left.grid(axis="y", visible=False)
+    left.set(title="held-out bits per byte")
+    begin = 0.0
+    for name in ("continued", "qat", "qat+distillation"):
+        label, colour = STAGES[name]
+        begin = rows["qat"]["tokens"] / 1e6 if name == "qat+distillation" else 0.0
+        points = [(begin + tokens / 1e6, value) for tokens, value in rows[name]["held_out_curve"]]
+        right.plot(*zip(*points, strict=True), "o-", markersize=4, color=COLOURS[colour], label=label)
+    right.set(xlabel="million tokens after the base", title="on the way (small sample)")
+    right.legend(fontsize=7)
+    fig.supxlabel(source_note(results), fontsize=7)
+    return fig
+
+
+GRIDS = {
+    "five": "-2, -1, 0, 1, 2",
+    "ternary": "-1, 0, 1",
+    "half4": "-1.5, -0.5, 0.5, 1.5",
+    "nonzero4": "-2, -1, 1, 2",
+    "asymmetric4": "-2, -1, 0, 1",
+    None: "full precision",
+}
+
+
+def ternary_ablation(results: dict[str, Any]) -> Figure:
+    """When to start QAT, and on which grid; every dot is a run, lines and bars are means over seeds."""
+    runs = results["runs"].values()
+    fig, (left, right) = plt.subplots(1, 2)
+    curve: dict[float, list[float]] = {}
+    for run in runs:
+        if run["kind"] == "fraction":
+            curve.setdefault(100 * run["fraction"], []).append(run["held_out_bits_per_byte"])
+    for x, values in curve.items():
+        left.plot([x] * len(values), values, ".", color=COLOURS["sky"])
+    left.plot(sorted(curve), [sum(curve[x]) / len(curve[x]) for x in sorted(curve)], color=COLOURS["blue"])
+    left.set(xlabel="% of all tokens under QAT", ylabel="held-out bits per byte", title="when to start")
+    at = results["settings"]["grid_fraction"]
+    for y, (grid, label) in enumerate(GRIDS.items()):
+        values = [
+            run["held_out_bits_per_byte"] for run in runs if run["grid"] == grid and run["fraction"] == at
+        ]
+        right.plot(sum(values) / len(values), y, "|", color=COLOURS["blue"], markersize=18, markeredgewidth=2)
+        right.plot(values, [y] * len(values), ".", color=COLOURS["sky"])
+        right.annotate(label, (min(values), y), xytext=(0, 10), textcoords="offset points", fontsize=7)
+    right.set_yticks([])
+    right.set_ylim(len(GRIDS) - 0.5, -0.9)
+    right.set(xlabel="held-out bits per byte", title=f"which grid, {at:.0%} of tokens")
+    fig.supxlabel(source_note(results), fontsize=7)
+    return fig

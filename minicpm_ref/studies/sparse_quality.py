@@ -37,7 +37,7 @@ from minicpm_ref.studies import Record
 MODES = ("dense", "sparse", "window", "random")
 LENGTHS = (512, 1024, 2048)
 DISTANCES = (64, 128, 256, 512, 1024, 1900)
-BUDGETS = (6, 8, 12, 16, 24, 32, 48, 64)  # visible blocks
+BUDGETS = (10, 12, 16, 24, 32, 48, 64, 96, 128)  # visible blocks
 
 
 def window_only(config: SparseConfig) -> SparseConfig:
@@ -132,8 +132,8 @@ class RecallProbe:
         late = q.shape[2] // 2
         for rule, by_budget in self.recall.items():
             for budget, shares in by_budget.items():
-                topk = max(budget - config.window_blocks, 1)
-                blocks = pick_blocks(scores[rule], positions, replace(config, topk=topk))
+                budgeted = replace(config, topk=budget - config.window_blocks)
+                blocks = pick_blocks(scores[rule], positions, budgeted)
                 kept = mass.gather(-1, blocks.clamp(min=0).long()) * (blocks >= 0)
                 shares.append(float(kept.sum(-1)[:, :, late:].mean()))
         everything = torch.arange(mass.shape[-1], dtype=torch.int32).expand(mass.shape)
@@ -160,6 +160,7 @@ def measure(
     settings = {
         "weights_sha256": sha256_file(variant_folder("sparse") / "model.safetensors"),
         "sparse_config": asdict(config),
+        "window_only": asdict(window_only(config)),
         "visible_share_at_longest": config.visible_blocks / math.ceil(longest / config.block_size),
         "pieces": pieces,
         "samples": samples,

@@ -147,8 +147,9 @@ def median_speeds(
 
 
 def nbytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers."""
-    return sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    """Bytes of all parameters and buffers; memory that several of them share is counted once."""
+    storages = [t.untyped_storage() for t in [*model.parameters(), *model.buffers()]]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @torch.no_grad()

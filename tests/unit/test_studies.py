@@ -100,7 +100,7 @@ def test_the_probe_reads_densely_and_orders_its_rules() -> None:
     for layer in attention_layers(model):
         layer.selector = probe
     with torch.no_grad():
-        assert torch.allclose(model(ids), dense, atol=1e-5)
+        assert torch.allclose(model(ids), dense, atol=1e-4)
     for rule in ("chosen", "random", "best"):
         shares = [sum(probe.recall[rule][budget]) for budget in (4, 6, 16)]
         assert shares == sorted(shares)

@@ -72,8 +72,9 @@ def test_attending_switches_and_switches_back() -> None:
         with attending(model, mode), torch.no_grad():
             logits[mode] = model(ids)
     model_dense = fresh_model(replace(CONFIG, sparse_config=None), seed=0)
-    assert torch.allclose(logits["dense"], model_dense(ids), atol=1e-5)
-    assert torch.equal(logits["sparse"], model(ids))
+    with torch.no_grad():
+        assert torch.allclose(logits["dense"], model_dense(ids), atol=1e-5)
+        assert torch.equal(logits["sparse"], model(ids))
     for mode in ("sparse", "window", "random"):
         assert not torch.allclose(logits[mode][:, -1], logits["dense"][:, -1], atol=1e-4)
     assert all(layer.sparse == SPARSE and layer.selector is None for layer in attention_layers(model))

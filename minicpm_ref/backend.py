@@ -30,8 +30,16 @@ NATIVE = {"cpu": "numba", "cuda": "triton"}  # device type -> what runs there; R
 
 # operation -> backend -> module that holds the function of that name
 OPERATIONS: dict[str, dict[str, str]] = {
-    "select_blocks": {"torch": "minicpm_ref.sparse_attention", "triton": "minicpm_kernels.sparse_select"},
-    "sparse_attention": {"torch": "minicpm_ref.sparse_attention", "triton": "minicpm_kernels.sparse_attention"},
+    "select_blocks": {
+        "torch": "minicpm_ref.sparse_attention",
+        "triton": "minicpm_kernels.sparse_select",
+        "numba": "minicpm_kernels.sparse_cpu",
+    },
+    "sparse_attention": {
+        "torch": "minicpm_ref.sparse_attention",
+        "triton": "minicpm_kernels.sparse_attention",
+        "numba": "minicpm_kernels.sparse_cpu",
+    },
     "sparse_tree_attention": {"torch": "minicpm_ref.sparse_tree", "triton": "minicpm_kernels.sparse_attention"},
     "ternary_matmul": {"torch": "minicpm_ref.ternary", "triton": "minicpm_kernels.ternary_triton"},
     "ternary_matmul_int8": {

@@ -176,8 +176,11 @@ class Attention(nn.Module):
             return causal_attention(q, k, v)
         pooled = None if cache is None or cache.compressed is None else cache.compressed.update(self.layer, row, k[0])
         select, attend = select_blocks, sparse_attention
-        if backend.choose("sparse_attention", q.device) == "triton":
-            select, attend = (backend.kernel(name, "triton") for name in ("select_blocks", "sparse_attention"))
+        chosen = backend.choose("sparse_attention", q.device)
+        differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        # numba's kernels have neither gradients nor float64
+        if chosen == "triton" or (chosen == "numba" and not differentiable and q.dtype != torch.float64):
+            select, attend = (backend.kernel(name, chosen) for name in ("select_blocks", "sparse_attention"))
         select = self.selector or select
         return attend(q, k, v, select(q, k, self.sparse, compressed=pooled), self.sparse)
 

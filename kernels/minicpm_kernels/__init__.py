@@ -7,6 +7,7 @@ works where they are not installed; the submodules do.
 - `rms_norm`   RMSNorm, alone and fused with the residual add
 - `sparse_select`, `sparse_attention`   InfLLM-V2: choosing blocks, and attending to them; the latter's kernels are in
   `sparse_token` (one token), `sparse_union` (prompts) and `sparse_backward`, what they share in `sparse_arguments`
+- `sparse_cpu`   both stages on a CPU, for inference
 - `registry`   which kernel stands for which reference, and with which settings it must compile
 - `testing`    how a kernel is judged: poisoned outputs, guarded inputs, error relative to the reference
 - `aot`        ahead-of-time compilation for GPUs that are not here: shared memory, registers, spills, PTX

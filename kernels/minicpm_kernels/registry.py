@@ -87,6 +87,10 @@ KERNELS: tuple[Kernel, ...] = (
         parts=tuple(f"minicpm_kernels.{part}" for part in _SPARSE_PARTS),
         widen=2.0,  # the rows have logits up to 16, whose last bit is worth 8 eps of the weight
     ),
+    # as above; the rows that only numba runs have logits up to 20 and products of 128 numbers, which leave the float32
+    # reference itself that far from float64
+    Kernel("select_blocks", "minicpm_kernels.sparse_cpu", "minicpm_ref.sparse_attention", "numba", ("float32",)),
+    Kernel("sparse_attention", "minicpm_kernels.sparse_cpu", "minicpm_ref.sparse_attention", "numba", widen=12.0),
     Kernel(
         "sparse_tree_attention",
         "minicpm_kernels.sparse_attention",

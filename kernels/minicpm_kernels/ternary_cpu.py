@@ -26,7 +26,6 @@ Source of the storage: MiniCPM4 technical report (arXiv 2506.07900) section 3.3.
 from __future__ import annotations
 
 import functools
-import threading
 from typing import NoReturn
 
 import numba
@@ -35,10 +34,10 @@ from numba.core.codegen import get_host_cpu_features
 
 from minicpm_kernels._ternary_cpu_codegen import GROUP, INSTRUCTION_SETS, ROWS, compiled
 from minicpm_kernels.checks import require_tensor
+from minicpm_kernels.cpu_threads import numba_threads, thread_count
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PARALLEL_BYTES = 1 << 18  # packed bytes times tokens from which several threads pay
-_ONE_AT_A_TIME = threading.Lock()  # numba's own thread pool, used where there is no OpenMP, dies of two callers
 
 
 def _supported() -> list[str]:
@@ -86,7 +85,7 @@ def ternary_matmul_int8(
     if not fits:  # this runs for every layer and token, so the words are put together only when they are needed
         _refuse(x, codes, scales, group_size)
     work = codes.numel() * (x.numel() // columns)
-    threads = 1 if work < PARALLEL_BYTES else min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    threads = 1 if work < PARALLEL_BYTES else thread_count()
     y = _multiply(x, codes, scales, INSTRUCTION_SET, threads)
     return y if x.dtype == torch.float32 else y.to(x.dtype)
 
@@ -105,13 +104,8 @@ def _multiply(
     if threads == 1:
         compiled(instruction_set, parallel=False)(*addresses, tokens, groups, blocks, full, largest, last)
     else:
-        with _ONE_AT_A_TIME:
-            before = numba.get_num_threads()
-            numba.set_num_threads(threads)
-            try:
-                compiled(instruction_set, parallel=True)(*addresses, tokens, groups, blocks, full, largest, last)
-            finally:
-                numba.set_num_threads(before)
+        with numba_threads(threads):
+            compiled(instruction_set, parallel=True)(*addresses, tokens, groups, blocks, full, largest, last)
     if padded != tokens:
         y = y[:tokens]
     return y if x.ndim == 2 else y.view(*x.shape[:-1], blocks * ROWS)

@@ -25,7 +25,8 @@ from .tools import NOTEBOOKS, ROOT, code_cells, definitions, package_function, p
 
 # The first notebook is a tour of the others: it uses the package and derives nothing.
 TOURS = {"00_start_here"}
-SUPPORT = {"registry", "testing", "aot", "checks", "sparse_arguments"}  # modules of minicpm_kernels that hold no kernel
+# modules of minicpm_kernels that hold no kernel
+SUPPORT = {"registry", "testing", "aot", "checks", "cpu_threads", "sparse_arguments"}
 
 
 def kernel_functions() -> set[tuple[str, str]]:

@@ -31,6 +31,7 @@ def test_the_cpu_takes_numba_where_there_is_a_kernel() -> None:
     assert choice.backend == "numba"
     assert choice.reason.startswith("numba ")
     assert backend.choose("ternary_matmul_int8", torch.device("cpu")) == "numba"
+    assert backend.choose("sparse_attention", "cpu") == backend.choose("select_blocks", "cpu") == "numba"
     assert backend.choose("ternary_matmul", "cpu") == "torch"
     assert backend.explain("ternary_matmul", "cpu").reason == "ternary_matmul has no numba implementation"
 

@@ -32,6 +32,12 @@ TOKENS = 150
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
+@pytest.fixture(autouse=True)
+def reference(monkeypatch):
+    """The torch reference, gradients or not; the kernels' own tests run the model with them."""
+    monkeypatch.setenv("MINICPM_BACKEND", "torch")
+
+
 def build(sparse: SparseConfig | None = SPARSE, **changes) -> MiniCPM:
     return fresh_model(replace(CONFIG, sparse_config=sparse, **changes), seed=3)
 

@@ -33,7 +33,7 @@ class Record:
             raise ValueError(f"{self.path}: measured with other settings; move it away to measure anew")
         where = machine(torch.device("cpu"))
         self.results |= {
-            "device": where,
+            "device": where["device"],
             "versions": {key: where[key] for key in ("torch", "python")},
             "settings": settings,
             "date": time.strftime("%Y-%m-%d", time.gmtime()),

@@ -10,20 +10,21 @@ Measured: held-out bits per byte by length on the same text, retrieval accuracy 
 training never saw), and how much of the dense attention's mass the chosen blocks hold, by budget. The base is measured
 too: what long training changed is the difference to it.
 
-Run: python -m minicpm_ref.studies.sparse_quality CORPUS [OUT-FOLDER]
+Run: python -m minicpm_ref.studies.sparse_quality CORPUS
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Annotated
 
 import torch
+import typer
 from torch import Tensor
 
 from minicpm_ref.checkpoint import load, sha256_file, variant_folder
@@ -209,5 +210,13 @@ def measure(
     return record
 
 
+def main(
+    corpus: Annotated[Path, typer.Argument(help="Folder written by `minicpm-ref data --reuse-tokenizer`.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the results. Default: figures/data.")] = None,
+) -> None:
+    """Measure what sparse attention costs and buys the embedded variant. An interrupted run is continued."""
+    measure(Corpus(corpus), out)
+
+
 if __name__ == "__main__":
-    measure(Corpus(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+    typer.run(main)

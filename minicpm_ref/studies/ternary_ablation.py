@@ -11,16 +11,18 @@ is warmed up again to half of the first stage's, as in the report. Sources: Mini
 figure 5; BitCPM-CANN report section 3.1 (its order of convergence: five values, ternary, the two symmetric grids
 without zero, the asymmetric one).
 
-Run: python -m minicpm_ref.studies.ternary_ablation CORPUS [OUT-FOLDER]
+Run: python -m minicpm_ref.studies.ternary_ablation CORPUS
 """
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from minicpm_ref.checkpoint import save
 from minicpm_ref.data import Corpus, bits_per_byte, small_sample
@@ -111,5 +113,13 @@ def _fields(recipe: Recipe) -> dict:
     return {name: getattr(recipe, name) for name in recipe.__dataclass_fields__}
 
 
+def main(
+    corpus: Annotated[Path, typer.Argument(help="Folder written by `minicpm-ref data --reuse-tokenizer`.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the results. Default: figures/data.")] = None,
+) -> None:
+    """Train dozens of small models: when to start QAT, and on which grid. An interrupted run is continued."""
+    measure(Corpus(corpus), out)
+
+
 if __name__ == "__main__":
-    measure(Corpus(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+    typer.run(main)

@@ -9,17 +9,19 @@ Packed weights are measured twice: with float activations, as trained, and with 
 kernel.
 
 Run after the recipes `ternary_qat`, `continued` and `ternary`:
-python -m minicpm_ref.studies.ternary_training CORPUS RUNS-FOLDER [OUT-FOLDER]
+python -m minicpm_ref.studies.ternary_training CORPUS RUNS-FOLDER
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from minicpm_ref.card import quality_by_group
 from minicpm_ref.checkpoint import load, sha256_file, variant_folder
@@ -80,5 +82,14 @@ def _rounded(model: MiniCPM) -> MiniCPM:
     return model
 
 
+def main(
+    corpus: Annotated[Path, typer.Argument(help="Folder written by `minicpm-ref data --reuse-tokenizer`.")],
+    runs: Annotated[Path, typer.Argument(help="Folder that holds the runs ternary_qat, continued and ternary.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the results. Default: figures/data.")] = None,
+) -> None:
+    """Measure every stage of ternary training on the held-out files. An interrupted run is continued."""
+    measure(Corpus(corpus), runs, out)
+
+
 if __name__ == "__main__":
-    measure(Corpus(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else None)
+    typer.run(main)

@@ -40,7 +40,13 @@ def base_card() -> dict[str, Any]:
 FIGURES: dict[str, tuple[str | Callable[[], dict[str, Any]], Callable[[dict[str, Any]], Figure]]] = {
     "rms_norm_cuda": ("rms_norm_cuda", charts_kernels.rms_norm),
     "rms_norm_cpu": ("rms_norm_cpu", charts_kernels.rms_norm),
+    "ternary_matmul": ("ternary_matmul_cpu", charts_kernels.ternary_matmul),
+    "ternary_matmul_gpu": ("ternary_matmul_gpu", charts_kernels.ternary_matmul_gpu),
+    "sparse_attention": ("sparse_attention", charts_kernels.sparse_attention),
     "sweep": ("sweep", charts_training.sweep),
+    "sparse_quality": ("sparse_quality", charts_training.sparse_quality),
+    "ternary_training": ("ternary_training", charts_training.ternary_training),
+    "ternary_ablation": ("ternary_ablation", charts_training.ternary_ablation),
     "base_training": (base_card, charts_training.base_training),
 }
 

@@ -227,10 +227,11 @@ def main() -> None:
                     samples = measure(candidates, chosen.rounds, chosen.burst)
                 for name, candidate in candidates.items():
                     times = summary(samples[name])
-                    shape = {"shape": label, "out": out, "in": columns, "tokens": tokens, "threads": threads}
-                    row = {"kind": "product", "implementation": name} | shape | {"weight_bytes": candidate.weight_bytes}
                     rows.append(
-                        row | {"copies": candidate.copies, "calls": len(samples[name]), "error": errors[name]} | times
+                        {"kind": "product", "implementation": name, "shape": label, "out": out, "in": columns}
+                        | {"tokens": tokens, "threads": threads, "weight_bytes": candidate.weight_bytes}
+                        | {"copies": candidate.copies, "calls": len(samples[name]), "error": errors[name]}
+                        | times
                     )
                     speed = f"{candidate.weight_bytes / times['min_us'] / 1e3:6.1f} GB/s"
                     speed += f" {out * columns * tokens / times['min_us'] / 1e3:6.0f} GMAC/s"

@@ -147,14 +147,18 @@ def main(arguments: list[str] | None = None) -> None:
                 times = time_in_turns(calls | {name: (call, (x,)) for name, call in PREPARATIONS.items()}, rounds)
             for name, time in times.items():
                 weights = 0 if name in PREPARATIONS else given_bytes(calls[name][1])
-                row = {"implementation": name, "tokens": tokens, "out": out, "in": columns, "bytes": weights + x.nbytes}
-                rows.append(row | time)
+                rows.append(product_row(name, tokens, out, columns, weights + x.nbytes, time))
                 ratio = times["torch_bfloat16"]["median_us"] / time["median_us"]
                 shape = f"{out:>6} x {columns:<6} {tokens:>4} {name:<14}"
                 print(f"{shape} {time['median_us']:>9.2f} us {ratio:>6.2f}x bf16")
     settings = {"dtype": "bfloat16", "group_size": 128, "rounds": rounds, "quick": chosen.quick, "seed": 0}
     path = write_results("ternary_matmul_gpu_quick" if chosen.quick else "ternary_matmul_gpu", "cuda", settings, rows)
     print(f"wrote {path.name}")
+
+
+def product_row(name: str, tokens: int, out: int, columns: int, read: int, time: dict[str, Any]) -> dict[str, Any]:
+    """One row of the results; `read` in bytes."""
+    return {"implementation": name, "tokens": tokens, "out": out, "in": columns, "bytes": read} | time
 
 
 def given_bytes(arguments: tuple[torch.Tensor, ...]) -> int:

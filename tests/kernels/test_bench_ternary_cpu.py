@@ -10,7 +10,8 @@ import pytest
 
 from minicpm_ref.plotting import load_results
 
-BENCH = Path(__file__).parents[2] / "kernels" / "bench" / "ternary_matmul.py"
+ROOT = Path(__file__).parents[2]
+BENCH = ROOT / "kernels" / "bench" / "ternary_matmul.py"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -18,7 +19,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_quick_run(tmp_path: Path) -> None:
+def test_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = run("--quick", "--threads", "1", "--rounds", "1", "--burst", "0", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     results = load_results("ternary_matmul_cpu", tmp_path)
@@ -30,6 +31,12 @@ def test_quick_run(tmp_path: Path) -> None:
     assert packed["weight_bytes"] == packed["out"] * packed["in"] * 2.125 / 8
     assert results["settings"]["instruction_set"]
     assert "ggml" in results["settings"]
+
+    monkeypatch.syspath_prepend(ROOT / "figures")
+    import draw
+
+    draw.draw(["ternary_matmul"], tmp_path, tmp_path)
+    assert (tmp_path / "ternary_matmul.png").exists()
 
 
 @pytest.mark.slow

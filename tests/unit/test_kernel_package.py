@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pkgutil
 import subprocess
 import sys
 
 import pytest
 
+import minicpm_kernels
 from minicpm_ref.exercises import attempt
 
 
@@ -16,6 +18,11 @@ def test_support_modules_import_neither_triton_nor_numba(module: str) -> None:
     code = f"import sys; sys.modules['triton'] = sys.modules['numba'] = None; import {module}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_package_names_its_modules() -> None:
+    modules = [module.name for module in pkgutil.iter_modules(minicpm_kernels.__path__)]
+    assert [name for name in modules if f"`{name}`" not in (minicpm_kernels.__doc__ or "")] == []
 
 
 def test_an_exercise_is_solved_untouched_or_wrong() -> None:

@@ -190,7 +190,41 @@ def sparse_attention(results: dict[str, Any]) -> Figure:
     return fig
 
 
-def _log_axes(ax: Axes, counts: list[int]) -> None:
+def sparse_attention_cpu(results: dict[str, Any]) -> Figure:
+    """Time of sparse and of dense attention on a CPU over the length, both stages included, and where they cross."""
+    looks = {
+        "sparse": ("blue", "o-", "sparse, both stages"),
+        "sdpa_gqa": ("orange", "s--", "dense, shared heads"),
+        "sdpa_repeat": ("purple", "^--", "dense, keys repeated"),
+        "sdpa_folded": ("green", "^--", "dense, heads as queries"),
+    }
+    fig, axes = plt.subplots(1, 2)
+    panels = {
+        "decode": ("decoding: one token over a cache", "ms", 1),
+        "prefill": ("prefill: a whole prompt", "s", 1000),
+    }
+    for ax, (kind, (title, unit, of_ms)) in zip(axes, panels.items(), strict=True):
+        rows = [row for row in results["rows"] if row["kind"] == kind]
+        lengths = sorted({row["tokens"] / 1024 for row in rows})
+        for name, (colour, line, label) in looks.items():
+            mine = [row for row in rows if row["implementation"] == name]
+            points = sorted((row["tokens"] / 1024, row["min_ms"] / of_ms) for row in mine)
+            if points:
+                ax.plot(*zip(*points, strict=True), line, color=COLOURS[colour], label=label, markersize=5)
+        for row in results["rows"]:
+            if row["kind"] == "crossover" and row["phase"] == kind and row["tokens"] is not None:
+                at = row["tokens"] / 1024
+                where = "at all lengths" if at <= lengths[0] else f"from {at:.1f} on"
+                ax.axvline(at, color="black", linestyle=":", linewidth=1, label=f"sparse is faster {where}")
+        ax.set(title=title, xlabel="tokens, in 1024", ylabel=f"{unit}, best of the run")
+        _log_axes(ax, lengths)
+        ax.set_ylim(top=8 * max(row["min_ms"] for row in rows) / of_ms)  # room for the legend
+        ax.legend(fontsize=6, loc="upper left", frameon=True, framealpha=1, edgecolor="none")
+    fig.supxlabel(f"{source_note(results)}, {results['settings']['threads']} threads, float32", fontsize=7)
+    return fig
+
+
+def _log_axes(ax: Axes, counts: list[int] | list[float]) -> None:
     """Both axes logarithmic, with ticks at the counts that were measured and at 1, 2, 5 of each power of ten."""
     ax.set(xscale="log", yscale="log")
     ax.set_xticks(counts)

@@ -30,6 +30,7 @@ from minicpm_ref.cases.decoder import (
     RopeFrequenciesCase,
 )
 from minicpm_ref.cases.norm import ADD_RMS_NORM, RMS_NORM, AddNormCase, NormCase
+from minicpm_ref.cases.quality import BLOCK_MASS, WINDOW_ONLY, BlockMassCase, WindowOnlyCase
 from minicpm_ref.cases.sampling import PROCESS_LOGITS, ProcessLogitsCase
 from minicpm_ref.cases.sparse import (
     COMPRESS_KEYS,
@@ -90,6 +91,8 @@ TABLES: dict[str, Sequence[Case]] = {
     "select_blocks": SELECT_BLOCKS,
     "sparse_attention": SPARSE_ATTENTION,
     "sparse_tree_attention": SPARSE_TREE_ATTENTION,
+    "window_only": WINDOW_ONLY,
+    "block_mass": BLOCK_MASS,
     "quantize": QUANTIZE,
     "dequantize": DEQUANTIZE,
     "fake_quantize": FAKE_QUANTIZE,
@@ -107,6 +110,7 @@ __all__ = [
     "ADD_RMS_NORM",
     "APPLY_ROPE",
     "BITS_PER_BYTE",
+    "BLOCK_MASS",
     "CAUSAL_ATTENTION",
     "COMPRESS_KEYS",
     "DEQUANTIZE",
@@ -124,10 +128,12 @@ __all__ = [
     "TABLES",
     "TERNARY_MATMUL",
     "TO_LANES",
+    "WINDOW_ONLY",
     "WSD_FACTOR",
     "AddNormCase",
     "ApplyRopeCase",
     "BitsPerByteCase",
+    "BlockMassCase",
     "Case",
     "CausalAttentionCase",
     "CompressKeysCase",
@@ -145,5 +151,6 @@ __all__ = [
     "SparseTreeCase",
     "TernaryMatmulCase",
     "ToLanesCase",
+    "WindowOnlyCase",
     "WsdCase",
 ]

@@ -15,7 +15,7 @@ NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb)) $(sort $(wildcard notebooks/s
 NBVAL     := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with tests/notebooks/sanitize.cfg
 
 # The last two refuse to run without CUDA.
-BENCHES   := rms_norm ternary_matmul $(if $(shell command -v nvidia-smi),ternary_matmul_gpu sparse_attention)
+BENCHES   := rms_norm ternary_matmul sparse_attention_cpu $(if $(shell command -v nvidia-smi),ternary_matmul_gpu sparse_attention)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

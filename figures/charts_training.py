@@ -81,6 +81,10 @@ def sparse_quality(results: dict[str, Any]) -> Figure:
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(8.6, 3.4))
     for mode, (label, colour) in ATTENTION.items():
         points = [(int(length), values[mode]) for length, values in results["bits_per_byte"].items()]
+        if mode == "base":  # far above the others where it was not trained: as numbers, not as a curve
+            words = ", ".join(f"{value:.2f}" for _, value in points)
+            left.annotate(f"{label}: {words}", (0.04, 0.03), xycoords="axes fraction", fontsize=7)
+            continue
         left.plot(*zip(*points, strict=True), "o-", markersize=4, color=COLOURS[colour], label=label)
         if mode in results["retrieval"]:
             points = [(int(distance), 100 * share) for distance, share in results["retrieval"][mode].items()]
@@ -98,7 +102,7 @@ def sparse_quality(results: dict[str, Any]) -> Figure:
     reach = results["settings"]["window_only"]["window_size"]
     middle.axvline(reach, color=COLOURS["green"], linestyle="--", linewidth=1)
     middle.annotate(
-        "its window", (reach, 0.02), xytext=(3, 0), xycoords=middle.get_xaxis_transform(), textcoords="offset points",
+        "its window", (reach, 0.62), xytext=(3, 0), xycoords=middle.get_xaxis_transform(), textcoords="offset points",
         fontsize=7, color=COLOURS["green"],
     )  # fmt: skip
     middle.set(xlabel="distance in tokens", ylim=(-3, 103), title="facts retrieved, %")
@@ -172,6 +176,10 @@ def ternary_ablation(results: dict[str, Any]) -> Figure:
     for run in runs:
         if run["kind"] == "fraction":
             curve.setdefault(100 * run["fraction"], []).append(run["held_out_bits_per_byte"])
+    whole = curve.pop(0)
+    left.axhline(sum(whole) / len(whole), color=COLOURS["black"], linestyle="--", linewidth=1)
+    left.annotate("full precision", (100, sum(whole) / len(whole)), xytext=(0, 3), textcoords="offset points",
+                  fontsize=7, ha="right")  # fmt: skip
     for x, values in curve.items():
         left.plot([x] * len(values), values, ".", color=COLOURS["sky"])
     left.plot(sorted(curve), [sum(curve[x]) / len(curve[x]) for x in sorted(curve)], color=COLOURS["blue"])
@@ -185,6 +193,7 @@ def ternary_ablation(results: dict[str, Any]) -> Figure:
         right.plot(values, [y] * len(values), ".", color=COLOURS["sky"])
         right.annotate(label, (min(values), y), xytext=(0, 10), textcoords="offset points", fontsize=7)
     right.set_yticks([])
+    right.margins(x=0.12)
     right.set_ylim(len(GRIDS) - 0.5, -0.9)
     right.set(xlabel="held-out bits per byte", title=f"which grid, {at:.0%} of tokens")
     fig.supxlabel(source_note(results), fontsize=7)

@@ -66,11 +66,14 @@ def ternary_matmul(results: dict[str, Any]) -> Figure:
     for row in results["rows"]:
         if row["kind"] == "vnni_peak":
             peak = row["macs"] / row["min_us"] / 1e3
-            right.axhline(peak, color="black", linestyle=":", label="peak of the instruction")
+            right.axhline(peak, color="black", linestyle=":")
+            words = "peak of the instruction"
+            right.annotate(words, (1, peak), xytext=(0, 3), textcoords="offset points", fontsize=6)
     right.set(xlabel=f"tokens, matrix {shape}")
     right.set_title("GMAC/s, 1 thread" if limits[0]["threads"] == 1 else "GMAC/s", pad=4 + 9 * len(limits))
     _log_axes(right, sorted({row["tokens"] for row in products}))
-    right.legend(fontsize=6)
+    words = "colours as on the left"
+    right.annotate(words, (0.98, 0.03), xycoords="axes fraction", fontsize=6, ha="right")
     fig.supxlabel(source_note(results), fontsize=7)
     return fig
 

@@ -34,11 +34,11 @@ def charts(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 def texts(figure: Any) -> list[str]:
-    """Titles and legend entries of all panels."""
+    """Titles, legend entries, names of bars and notes of all panels."""
     found = []
     for ax in figure.axes:
         entries = ax.get_legend().get_texts() if ax.get_legend() else []
-        found += [ax.get_title(loc="left"), *(text.get_text() for text in entries)]
+        found += [ax.get_title(loc="left"), *(t.get_text() for t in [*entries, *ax.get_yticklabels(), *ax.texts])]
     return found
 
 

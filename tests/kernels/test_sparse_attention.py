@@ -97,12 +97,14 @@ def test_a_strided_cache_is_read_in_place() -> None:
 def gradients(
     function: Callable[..., torch.Tensor], arguments: tuple[Any, ...], dtype: torch.dtype
 ) -> list[torch.Tensor]:
-    """[out, dq, dk, dv] for a fixed gradient of out."""
+    """[out, dq, dk, dv] for a fixed gradient of out; with one visible key dq and dk are 0, and what rounding leaves of
+    them in float64 is taken for 0."""
     leaves = [x.to(dtype).detach().requires_grad_() for x in arguments[:3]]
     dout = torch.randn(arguments[0].shape, generator=torch.Generator().manual_seed(1)).to(arguments[0].dtype)
     with poisoned_memory():
         out = function(*leaves, *arguments[3:])
-        return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
+        results = [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
+    return [torch.where(x.abs() < 1e-14, 0.0, x) for x in results] if dtype == torch.float64 else results
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])

@@ -119,13 +119,13 @@ def test_long_pieces_are_as_long_as_asked(corpus: Corpus) -> None:
 
 @pytest.mark.slow
 def test_the_ablation_trains_every_point_once(corpus: Corpus, tmp_path) -> None:
-    runs = ternary_ablation.measure(corpus, tmp_path, tokens=5 * 2048, seeds=(0,)).results["runs"]
+    runs = ternary_ablation.measure(corpus, tmp_path, tokens=10 * 2048, seeds=(0,)).results["runs"]
     kinds = [run["kind"] for run in runs.values()]
     assert (kinds.count("fraction"), kinds.count("grid"), kinds.count("control")) == (6, len(GRIDS) - 1, 1)
     values = [run["held_out_bits_per_byte"] for run in runs.values()]
     assert len(set(values)) == len(values)  # no two points trained alike
     trained: list[str] = []
-    again = ternary_ablation.measure(corpus, tmp_path, tokens=5 * 2048, seeds=(0,), report=trained.append)
+    again = ternary_ablation.measure(corpus, tmp_path, tokens=10 * 2048, seeds=(0,), report=trained.append)
     assert again.results["runs"] == runs
     assert trained == []
 

@@ -3,7 +3,7 @@
 Every linear layer inside the blocks multiplies by its weight rounded to {-s, 0, s}, and the float32 weight below learns
 through the straight-through estimator. The schedule starts anew, as in the MiniCPM4 report: the rate is warmed up to
 half of the base's peak, held, and decayed to zero. Base and this run together read R tokens; the report finds that QAT
-needs about 40 % of R to match QAT from the start (`minicpm_ref.ternary_ablation` measures that curve on a smaller
+needs about 40 % of R to match QAT from the start (`studies.ternary_ablation` measures that curve on a smaller
 model); this run takes about 30 %.
 
 The seed differs from the base's, so that the batches are not the ones the base began with.

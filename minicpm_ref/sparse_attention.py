@@ -259,8 +259,7 @@ def sparse_attention(
     positions = query_positions(q, k, query_start, lengths)
     out = []
     for chunk in _chunks(q.shape[2], q.shape[0] * q.shape[1] * keys):
-        inputs = (q[:, :, chunk], k, v, blocks[:, :, chunk], positions[:, chunk], config.block_size)
-        out.append(_attend(*inputs))
+        out.append(_attend(q[:, :, chunk], k, v, blocks[:, :, chunk], positions[:, chunk], config.block_size))
     return torch.cat(out, dim=2)
 
 

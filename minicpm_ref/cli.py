@@ -182,13 +182,15 @@ def train(
 
     from minicpm_ref.data import Corpus
     from minicpm_ref.recipes import get_recipe
-    from minicpm_ref.train import Trainer
+    from minicpm_ref.train import Trainer, keep_freed_memory
 
     chosen = get_recipe(recipe)
     changes = {name: value for name, value in (("tokens", tokens), ("seed", seed)) if value is not None}
     chosen = dataclasses.replace(chosen, **changes)  # type: ignore[arg-type]
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device == "cpu":
+        keep_freed_memory()  # this process trains and ends
     Trainer(chosen, Corpus(corpus), out or Path("runs") / recipe, device, sharding).run()
 
 

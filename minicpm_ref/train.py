@@ -151,7 +151,8 @@ def keep_freed_memory() -> None:
     """Ask glibc to keep the memory of freed tensors for the next step; elsewhere this does nothing.
 
     By default glibc returns every large buffer to the system when it is freed, and the next step pays a page fault for
-    each 4 KiB of it again. On a CPU that nearly halves the speed of training a small model.
+    each 4 KiB of it again. On a CPU that nearly halves the speed of training a small model. It holds for the whole
+    process and cannot be undone, so the command line asks for it and the Trainer, which a notebook may use, does not.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
@@ -187,8 +188,6 @@ class Trainer:
         self.precision = precision
         if recipe.parent is not None:
             self._check_same_vocabulary(recipe.parent)
-        if self.device.type == "cpu":
-            keep_freed_memory()
         if self.parts > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.model: nn.Module = recipe.build_model().to(self.device, torch.float32)

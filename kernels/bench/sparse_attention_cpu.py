@@ -49,7 +49,7 @@ HEADS, GROUPS, WIDTH = 32, 2, 128
 PUBLISHED = SparseConfig()
 QUICK = SparseConfig(kernel_size=8, kernel_stride=4, block_size=16, window_size=32, topk=4, dense_len=-1)
 PAUSE = 0.01  # seconds; longer than the threads of an OpenMP runtime spin
-BOUND = default_bound(torch.float32).widened(12)  # as in the registry
+BOUND = default_bound(torch.float32).widened(12)  # logits up to 20, products of 128 numbers
 Row = dict[str, Any]
 
 

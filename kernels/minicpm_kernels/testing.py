@@ -245,3 +245,8 @@ def check_kernel(
     for guard in guards.values():
         guard.check()
     assert_as_close(actual, own, exact, largest)
+
+
+def check_attention(kernel: Callable[..., Any], reference: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """`check_kernel` for functions whose first two arguments are q and k: their logits say what a bit is worth."""
+    check_kernel(kernel, reference, arguments, largest_logit(*arguments[:2]))

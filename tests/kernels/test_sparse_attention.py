@@ -13,12 +13,11 @@ pytest.importorskip("triton", reason="triton is not installed (it exists for Lin
 from minicpm_kernels import sparse_backward, sparse_token, sparse_union  # noqa: E402  # imports triton
 from minicpm_kernels.sparse_arguments import placement  # noqa: E402
 from minicpm_kernels.sparse_attention import sparse_attention  # noqa: E402
-from minicpm_kernels.testing import assert_close, check_kernel, default_bound, poisoned_memory  # noqa: E402
+from minicpm_kernels.testing import assert_as_close, check_attention, largest_logit, poisoned_memory  # noqa: E402
 from minicpm_ref import sparse_attention as reference  # noqa: E402
 from minicpm_ref.cases.sparse import SMALL, SPARSE_ATTENTION, SparseAttentionCase  # noqa: E402
 
 ROWS = {case.name: case for case in SPARSE_ATTENTION}
-BOUND = default_bound(torch.float32).widened(2)  # as in the registry
 
 
 def by_token(part: int | None) -> Callable[..., torch.Tensor]:
@@ -34,7 +33,7 @@ def by_token(part: int | None) -> Callable[..., torch.Tensor]:
 @pytest.mark.parametrize("part", [None, 2], ids=["whole", "split"])
 @pytest.mark.parametrize("name", ["block-plus-1", "decode-group-16", "draft-batch-static-cache"])
 def test_one_token_a_program(name: str, part: int | None) -> None:
-    check_kernel(by_token(part), reference.sparse_attention, ROWS[name].build(), BOUND)
+    check_attention(by_token(part), reference.sparse_attention, ROWS[name].build())
 
 
 @pytest.mark.parametrize("name", ["decode", "random-lists-decode-batch"])
@@ -45,7 +44,7 @@ def test_the_union_of_a_few_tokens(name: str) -> None:
         where = placement("twin", q, k, query_start, lengths)
         return sparse_union.attend_union(q, k, v, blocks, *where, config)[0]
 
-    check_kernel(twin, reference.sparse_attention, ROWS[name].build(), BOUND)
+    check_attention(twin, reference.sparse_attention, ROWS[name].build())
 
 
 @pytest.mark.parametrize("design", ["token", "union"])
@@ -82,7 +81,7 @@ def test_a_tile_may_mix_whole_and_partial_bands() -> None:
     own = reference.query_positions(q, k, *place)[:, None, :, None] // config.block_size
     odd = (torch.arange(case.tokens) % 4 == 1)[:, None]
     blocks = torch.where((blocks == own) & odd, -1, blocks).to(torch.int32)
-    check_kernel(sparse_attention, reference.sparse_attention, (q, k, v, blocks, config, *place), BOUND)
+    check_attention(sparse_attention, reference.sparse_attention, (q, k, v, blocks, config, *place))
 
 
 def test_a_strided_cache_is_read_in_place() -> None:
@@ -116,28 +115,29 @@ def test_gradients(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
     arguments = ROWS[name].build(dtype)
     expected = gradients(reference.sparse_attention, arguments, torch.float64)
     actual = gradients(sparse_attention, arguments, dtype)
-    # two chained products instead of one, over weights and their differences that are rounded to the dtype
-    bound = default_bound(dtype).widened(4)
-    for what, ours, theirs in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
-        assert_close(ours, theirs, bound, what)
+    own = gradients(reference.sparse_attention, arguments, dtype)
+    assert_as_close(actual, own, expected, largest_logit(*arguments[:2]), "(out, dq, dk, dv)")
 
 
 def test_long_rows_of_bits_are_walked_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Along a row (blocks of a tile) and along a column (tiles of a block) there may be more than one step holds."""
     arguments = ROWS["chunk-at-an-offset"].build()
-    whole = gradients(sparse_attention, arguments, torch.float32)
+    expected, own = (gradients(reference.sparse_attention, arguments, t) for t in (torch.float64, torch.float32))
     monkeypatch.setattr(sparse_union, "CHUNK", 32)
     monkeypatch.setattr(sparse_backward, "COLUMN", 2)
     monkeypatch.setattr(sparse_backward, "CHUNK", 4)
-    for ours, theirs in zip(gradients(sparse_attention, arguments, torch.float32), whole, strict=True):
-        assert_close(ours, theirs)
+    actual = gradients(sparse_attention, arguments, torch.float32)
+    assert_as_close(actual, own, expected, largest_logit(*arguments[:2]))
+    actual[2][0, 0, 17] = 0.0  # the planted bug: the gradient of one key is lost
+    with pytest.raises(AssertionError, match="error relative"):
+        assert_as_close(actual, own, expected, largest_logit(*arguments[:2]))
 
 
 def test_gradients_of_lists_without_forced_blocks() -> None:
     case = SparseAttentionCase("random", 40, 90, random_lists=True)
-    expected = gradients(reference.sparse_attention, case.build(), torch.float64)
-    for ours, theirs in zip(gradients(sparse_attention, case.build(), torch.float32), expected, strict=True):
-        assert_close(ours, theirs, default_bound(torch.float32).widened(4))
+    expected, own = (gradients(reference.sparse_attention, case.build(), t) for t in (torch.float64, torch.float32))
+    actual = gradients(sparse_attention, case.build(), torch.float32)
+    assert_as_close(actual, own, expected, largest_logit(*case.build()[:2]))
 
 
 def test_gradients_have_the_same_bits_every_time() -> None:
@@ -209,7 +209,7 @@ def test_a_planted_bug_is_caught(
     arguments = ROWS["chunk-at-an-offset"].build()
     monkeypatch.setattr(sparse_union, kernel, Planted(getattr(sparse_union, kernel), change))
     with pytest.raises(AssertionError, match="error relative|NaN or infinite"):
-        check_kernel(sparse_attention, reference.sparse_attention, arguments, BOUND)
+        check_attention(sparse_attention, reference.sparse_attention, arguments)
 
 
 def test_a_flipped_causal_sign_is_caught() -> None:
@@ -220,7 +220,7 @@ def test_a_flipped_causal_sign_is_caught() -> None:
         return sparse_attention(q.flip(2), k.flip(2), v.flip(2), *rest).flip(2)
 
     with pytest.raises(AssertionError, match="error relative"):
-        check_kernel(flipped, reference.sparse_attention, (q, k, v, blocks, config), BOUND)
+        check_attention(flipped, reference.sparse_attention, (q, k, v, blocks, config))
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

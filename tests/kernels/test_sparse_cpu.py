@@ -16,7 +16,7 @@ pytest.importorskip("numba", reason="numba is not installed")
 from minicpm_kernels import sparse_cpu  # noqa: E402  # imports numba
 from minicpm_kernels._sparse_cpu_codegen import INSTRUCTION_SETS, attend, compiled, pool, select  # noqa: E402
 from minicpm_kernels.sparse_cpu import INSTRUCTION_SET, select_blocks, sparse_attention  # noqa: E402
-from minicpm_kernels.testing import assert_close, check_kernel, default_bound, poisoned_memory  # noqa: E402
+from minicpm_kernels.testing import assert_close, check_attention, default_bound, poisoned_memory  # noqa: E402
 from minicpm_ref import sparse_attention as reference  # noqa: E402
 from minicpm_ref.cache import KVCache  # noqa: E402
 from minicpm_ref.cases.sparse import SELECT_BLOCKS, SMALL, SPARSE_ATTENTION, SparseAttentionCase  # noqa: E402
@@ -25,7 +25,6 @@ from minicpm_ref.model import MiniCPM  # noqa: E402
 
 LISTS = {case.name: case for case in SELECT_BLOCKS}
 ROWS = {case.name: case for case in SPARSE_ATTENTION}
-BOUND = default_bound(torch.float32).widened(4)
 
 
 def choose(arguments: tuple[Any, ...], **keywords: Any) -> torch.Tensor:
@@ -38,13 +37,13 @@ def test_groups_beyond_one_vector(heads: int) -> None:
     case = SparseAttentionCase("many-heads", 37, 150, query_heads=heads, kv_heads=1)
     q, k, v, blocks, *rest = case.build()
     assert torch.equal(choose((q, k, *rest)), blocks)
-    check_kernel(sparse_attention, reference.sparse_attention, (q, k, v, blocks, *rest), BOUND)
+    check_attention(sparse_attention, reference.sparse_attention, (q, k, v, blocks, *rest))
 
 
 def test_a_head_dimension_that_fills_no_tile() -> None:
     q, k, v, blocks, *rest = SparseAttentionCase("odd", 20, 150, head_dim=13).build()
     assert torch.equal(choose((q, k, *rest)), blocks)
-    check_kernel(sparse_attention, reference.sparse_attention, (q, k, v, blocks, *rest), BOUND)
+    check_attention(sparse_attention, reference.sparse_attention, (q, k, v, blocks, *rest))
 
 
 @pytest.mark.parametrize("name", ["decode", "decode-batch-static-cache", "random-lists-decode-batch", "block-plus-1"])
@@ -53,7 +52,7 @@ def test_shares_of_a_list_are_merged(name: str, monkeypatch: pytest.MonkeyPatch)
     arguments = ROWS[name].build()
     monkeypatch.setattr(sparse_cpu, "thread_count", lambda: 20)
     monkeypatch.setattr(sparse_cpu, "numba_threads", _unchanged)
-    check_kernel(sparse_attention, reference.sparse_attention, arguments, BOUND)
+    check_attention(sparse_attention, reference.sparse_attention, arguments)
 
 
 class _unchanged:
@@ -236,7 +235,7 @@ def test_a_planted_bug_in_stage_2_is_caught(place: int, change: Any, monkeypatch
     arguments = ROWS["chunk-at-an-offset"].build()
     plant(monkeypatch, attend, place, change)
     with pytest.raises(AssertionError, match="error relative|NaN or infinite"):
-        check_kernel(sparse_attention, reference.sparse_attention, arguments, BOUND)
+        check_attention(sparse_attention, reference.sparse_attention, arguments)
 
 
 def test_a_flipped_causal_sign_is_caught() -> None:
@@ -247,7 +246,7 @@ def test_a_flipped_causal_sign_is_caught() -> None:
         return sparse_attention(q.flip(2), k.flip(2), v.flip(2), *rest).flip(2)
 
     with pytest.raises(AssertionError, match="error relative"):
-        check_kernel(flipped, reference.sparse_attention, (q, k, v, blocks, config), BOUND)
+        check_attention(flipped, reference.sparse_attention, (q, k, v, blocks, config))
 
 
 @pytest.mark.parametrize(

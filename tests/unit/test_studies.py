@@ -75,6 +75,10 @@ def test_attending_switches_and_switches_back() -> None:
     with torch.no_grad():
         assert torch.allclose(logits["dense"], model_dense(ids), atol=1e-5)
         assert torch.equal(logits["sparse"], model(ids))
+    model_window = fresh_model(replace(CONFIG, sparse_config=window_only(SPARSE)), seed=0)
+    with torch.no_grad():
+        assert torch.equal(logits["window"], model_window(ids))
+    assert not torch.allclose(logits["window"][:, -1], logits["sparse"][:, -1], atol=1e-4)  # the control is another
     for mode in ("sparse", "window", "random"):
         assert not torch.allclose(logits[mode][:, -1], logits["dense"][:, -1], atol=1e-4)
     assert all(layer.sparse == SPARSE and layer.selector is None for layer in attention_layers(model))

@@ -336,3 +336,14 @@ def test_the_decoder_multiplies_by_merged_projections(model: MiniCPM) -> None:
     before = layer.mlp(x)
     layer.mlp.gate_up_proj = None  # the parts alone give the same
     torch.testing.assert_close(layer.mlp(x), before, atol=1e-6, rtol=1e-5)
+
+
+def test_float_activations_are_not_rounded() -> None:
+    """Asked for "float", the layer multiplies x itself: int8 activations would err by about half a percent."""
+    layer = TernaryLinear(matrix(16, 128), activations="float")
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+    exact = x.double() @ dequantize(layer.matrix().codes, layer.matrix().scales).double().T
+    with torch.no_grad():
+        assert relative_error(layer(x), exact) < 1e-5
+        layer.activations = "int8"
+        assert relative_error(layer(x), exact) > 1e-4

@@ -198,3 +198,30 @@ def test_every_recipe_can_be_read() -> None:
     assert "base" in recipe_names()
     for name in recipe_names():
         assert get_recipe(name).name == name
+
+
+# ---- settings that a curve does not show
+
+
+def test_large_gradients_are_clipped(corpus: Corpus, tmp_path) -> None:
+    """After a step the gradients that the optimizer saw have norm `clip`, though the loss asked for more."""
+    seen: list[float] = []
+    trainer = Trainer(replace(RECIPE, clip=1e-3), corpus, tmp_path)
+
+    def note(*_: object) -> None:
+        squares = [p.grad.square().sum() for p in trainer.model.parameters() if p.grad is not None]
+        seen.append(float(torch.stack(squares).sum().sqrt()))
+
+    trainer.optimizers[0].register_step_pre_hook(note)
+    assert trainer.train_step()["grad_norm"] > 0.1
+    assert seen[0] == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_only_layer_matrices_decay(optimizer: str) -> None:
+    model = MiniCPM(CONFIG).init_weights()
+    optimizers = build_optimizers(model, CONFIG, optimizer, lr=0.01, matrix_lr=0.02, weight_decay=0.1)
+    decay = {id(p): g["weight_decay"] for o in optimizers for g in o.param_groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        expected = 0.1 if parameter.ndim == 2 and ".layers." in name else 0.0
+        assert decay[id(parameter)] == expected, name

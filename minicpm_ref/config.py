@@ -11,12 +11,13 @@ MiniCPM4.1.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from minicpm_ref.published import FAMILIES, model_settings, read_json
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class LongRope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A MiniCPM4 decoder under the field names of the published `config.json`.
+    """A MiniCPM4 decoder under the field names of the published `config.json`; with all multipliers 1, a Llama decoder.
 
     Raises ValueError naming the field for sizes that do not fit together.
     """
@@ -123,6 +124,7 @@ class ModelConfig:
     bos_token_id: int = 1
     eos_token_id: tuple[int, ...] = (2,)
     sparse_config: SparseConfig | None = None
+    head_dim: int = 0  # width of one attention head, D; 0 stands for hidden_size / num_attention_heads
 
     def __post_init__(self) -> None:
         for name in (
@@ -137,12 +139,14 @@ class ModelConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size = {self.hidden_size} is not a multiple of num_attention_heads = "
-                f"{self.num_attention_heads}"
-            )
-        if self.head_dim % 2:
+        if self.head_dim == 0:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size = {self.hidden_size} is not a multiple of num_attention_heads = "
+                    f"{self.num_attention_heads}; give head_dim where the two are not tied"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.head_dim < 1 or self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim}: rotary embedding rotates pairs, expected an even number")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -160,9 +164,10 @@ class ModelConfig:
     # ---- sizes -------------------------------------------------------------------------------------------------------
 
     @property
-    def head_dim(self) -> int:
-        """Width of one attention head, D."""
-        return self.hidden_size // self.num_attention_heads
+    def is_llama(self) -> bool:
+        """Whether this is exactly a Llama decoder: all three multipliers are 1 and attention is dense."""
+        ones = (1.0, math.sqrt(self.num_hidden_layers), self.hidden_size)
+        return (self.scale_emb, self.scale_depth, self.dim_model_base) == ones and self.sparse_config is None
 
     @property
     def group_size(self) -> int:
@@ -181,12 +186,13 @@ class ModelConfig:
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """The seven matrices of one decoder layer as (out, in), under their published names."""
-        c, f, kv = self.hidden_size, self.intermediate_size, self.num_key_value_heads * self.head_dim
+        c, f = self.hidden_size, self.intermediate_size
+        heads, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         return {
-            "self_attn.q_proj": (c, c),
+            "self_attn.q_proj": (heads, c),
             "self_attn.k_proj": (kv, c),
             "self_attn.v_proj": (kv, c),
-            "self_attn.o_proj": (c, c),
+            "self_attn.o_proj": (c, heads),
             "mlp.gate_proj": (f, c),
             "mlp.up_proj": (f, c),
             "mlp.down_proj": (c, f),
@@ -206,7 +212,7 @@ class ModelConfig:
         Matrix products only: 2 a weight of every layer and of the output matrix, and 4 * H * D * context for attention.
         """
         weights = self.num_hidden_layers * sum(rows * columns for rows, columns in self.linear_shapes().values())
-        attention = 2 * self.num_hidden_layers * self.hidden_size * context_length
+        attention = 2 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * context_length
         return 2 * (weights + self.vocab_size * self.hidden_size + attention)
 
     def kv_bytes_per_token(self, bytes_per_element: float = 2) -> int:
@@ -230,46 +236,37 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, published: Mapping[str, Any]) -> ModelConfig:
-        """Read a published `config.json`; unknown keys are ignored.
+        """Read the content of a published `config.json` of a MiniCPM or a Llama decoder (see `published`).
 
-        Raises ValueError naming the key when one is missing or describes a model this package does not implement.
+        Raises ValueError naming the key when one is missing, is not what it should be, or describes a model that this
+        package does not implement.
+
+        >>> ModelConfig.from_dict(json.loads(Path("config.json").read_text()))
         """
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        values = {name: published[name] for name in fields if published.get(name) is not None}
-        missing = [
-            name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values
-        ]
-        if missing:
-            raise ValueError(f"config.json lacks {', '.join(missing)}")
-        if published.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act = {published['hidden_act']!r}: expected 'silu'")
-        if published.get("head_dim") not in (None, published["hidden_size"] // published["num_attention_heads"]):
-            raise ValueError(f"head_dim = {published['head_dim']}: expected hidden_size / num_attention_heads")
-        if "rope_scaling" in values:
-            values["rope_scaling"] = _read_long_rope(values["rope_scaling"])
-        if "sparse_config" in values:
-            known = {field.name for field in dataclasses.fields(SparseConfig)}
-            values["sparse_config"] = SparseConfig(**{k: v for k, v in values["sparse_config"].items() if k in known})
-        if "eos_token_id" in values:
-            eos = values["eos_token_id"]
-            values["eos_token_id"] = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
-        return cls(**values)
+        settings = model_settings(published)
+        if settings["rope_scaling"] is not None:
+            settings["rope_scaling"] = LongRope(**settings["rope_scaling"])
+        if "sparse_config" in settings:
+            settings["sparse_config"] = SparseConfig(**settings["sparse_config"])
+        return cls(**settings)
 
     @classmethod
     def from_json(cls, path: str | Path) -> ModelConfig:
         """Read the `config.json` at `path`. Raises FileNotFoundError or ValueError naming the file."""
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file (expected a config.json)")
+        published = read_json(path)
         try:
-            return cls.from_dict(json.loads(path.read_text("utf-8")))
+            return cls.from_dict(published)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a `config.json` that `from_dict` reads back to an equal object."""
-        out: dict[str, Any] = {"architectures": ["MiniCPMForCausalLM"], "model_type": "minicpm", "hidden_act": "silu"}
+        family = "llama" if self.is_llama else "minicpm"
+        out: dict[str, Any] = {"architectures": [FAMILIES[family]], "model_type": family, "hidden_act": "silu"}
         out |= {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.is_llama:  # the family says that they are 1
+            for name in ("scale_emb", "scale_depth", "dim_model_base"):
+                del out[name]
         out["eos_token_id"] = list(self.eos_token_id)
         if self.rope_scaling is None:
             del out["rope_scaling"]
@@ -290,20 +287,6 @@ class ModelConfig:
         if name not in PRESETS:
             raise ValueError(f"preset {name!r}: expected one of {', '.join(PRESETS)}")
         return cls.from_json(Path(__file__).parent / PRESETS[name])
-
-
-def _read_long_rope(published: Mapping[str, Any]) -> LongRope | None:
-    kind = published.get("rope_type", published.get("type"))
-    if kind == "default":
-        return None
-    if kind != "longrope":
-        raise ValueError(f"rope_scaling.rope_type = {kind!r}: expected 'longrope' or 'default'")
-    for name in ("short_factor", "long_factor", "original_max_position_embeddings"):
-        if name not in published:
-            raise ValueError(f"config.json lacks rope_scaling.{name}")
-    return LongRope(
-        tuple(published["short_factor"]), tuple(published["long_factor"]), published["original_max_position_embeddings"]
-    )
 
 
 PRESETS = {

@@ -140,10 +140,11 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(width, width, bias=False)
+        q_width = config.num_attention_heads * config.head_dim  # may differ from `width`: head_dim is its own number
+        self.q_proj = nn.Linear(width, q_width, bias=False)
         self.k_proj = nn.Linear(width, kv_width, bias=False)
         self.v_proj = nn.Linear(width, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(q_width, width, bias=False)
         self.qkv_proj: nn.Module | None = None  # q, k and v in one product, once `ternary_layers` has merged them
         self.head_dim = config.head_dim
         self.sparse = config.sparse_config

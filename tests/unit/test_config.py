@@ -68,11 +68,11 @@ def test_unknown_keys_are_ignored_and_missing_keys_named() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_attention_heads": 30}, "hidden_size = 4096"),
+        ({"num_attention_heads": 30, "head_dim": None}, "hidden_size = 4096"),
         ({"num_key_value_heads": 5}, "num_key_value_heads = 5"),
         ({"num_hidden_layers": 0}, "num_hidden_layers = 0"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"head_dim": 64}, "head_dim = 64"),
+        ({"head_dim": 64}, "head_dim / 2 = 32"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn'"),
         ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "long_factor"),
     ],
@@ -108,3 +108,12 @@ def test_a_sparse_config_that_makes_no_sense_is_refused(settings: dict) -> None:
     name = next(iter(settings))
     with pytest.raises(ValueError, match=name):
         SparseConfig(**settings)
+
+
+def test_the_small_preset_stretches_its_positions_like_the_published_file() -> None:
+    config = ModelConfig.preset("minicpm4-0.5b")
+    assert config.rope_scaling is not None
+    assert len(config.rope_scaling.short_factor) == 32
+    assert config.rope_scaling.short_factor == config.rope_scaling.long_factor
+    assert config.rope_scaling.original_max_position_embeddings == config.max_position_embeddings == 32768
+    assert (config.rms_norm_eps, config.tie_word_embeddings, config.eos_token_id) == (1e-5, True, (2, 73440))

@@ -85,7 +85,7 @@ def generate(
     else:
         ids = tokenizer.encode(text)
         console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
-    params = sampling.SamplingParams(temperature, top_k, top_p, seed)
+    params = sampling.SamplingParams(temperature, top_k, top_p, seed=seed)
     tokens = sampling.generate(model, torch.tensor([ids], device=device), max_new_tokens, params, tokenizer.eos_ids)
     for piece in stream_text(tokenizer, tokens):
         console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)

@@ -34,11 +34,12 @@ _FIRST_LOOK = 1024  # tokens that top-p sorts before it asks whether that was en
 class SamplingParams:
     """How to choose a token. Raises ValueError on nonsense.
 
-    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 keep everything: `top_p` keeps the smallest set of most
-    likely tokens that reaches this probability (0: the most likely one), `min_p` those at least this fraction as likely
-    as the first. `repetition_penalty` divides the positive logits and multiplies the negative ones of tokens that occur
-    in prompt or output; `frequency_penalty` is subtracted for each occurrence in the output, `presence_penalty` once.
-    `logit_bias` {token id: number} is added; -100 bans a token, 100 leaves no other. `seed` None: another text each time.
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 keep everything: `top_p` keeps the smallest set of
+    most likely tokens that reaches this probability (0: the most likely one), `min_p` those at least this fraction as
+    likely as the first. `repetition_penalty` divides the positive logits and multiplies the negative ones of tokens
+    that occur in prompt or output; `frequency_penalty` is subtracted for each occurrence in the output,
+    `presence_penalty` once. `logit_bias` {token id: number} is added; -100 bans a token, 100 leaves no other. `seed`
+    None: another text each time.
 
     >>> SamplingParams(temperature=0.7, top_p=0.9, seed=1)
     """
@@ -89,7 +90,8 @@ def process_logits(
     """The probabilities [..., V] that `params` makes of logits [..., V], in float32; greedy puts all mass on the first
     maximum. Of equal logits the lower id is kept first. `prompt` and `output` are the ids that penalties look at.
 
-    Sources: top-p, Holtzman et al., arXiv 1904.09751; min-p, arXiv 2407.01082; repetition penalty, CTRL, arXiv 1909.05858.
+    Sources: top-p, Holtzman et al., arXiv 1904.09751; min-p, arXiv 2407.01082; repetition penalty, CTRL, arXiv
+    1909.05858.
     """
     logits = logits.float()
     if params.edits_logits:
@@ -169,10 +171,8 @@ def _candidates(
             return None, everything
         total, look = everything.sum(), _FIRST_LOOK
         ids = _first(logits, min(look, vocabulary))
-        while (
-            everything[ids].sum() < params.top_p * total and len(ids) < vocabulary
-        ):  # a flat distribution: look at more
-            look *= 8
+        while everything[ids].sum() < params.top_p * total and len(ids) < vocabulary:
+            look *= 8  # a flat distribution
             ids = _first(logits, min(look, vocabulary))
         weights = everything[ids]
     if params.top_p < 1:

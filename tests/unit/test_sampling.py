@@ -8,9 +8,9 @@ import torch
 from fresh import fresh_model
 from scipy.stats import chisquare
 
+from minicpm_ref.cases import PROCESS_LOGITS
 from minicpm_ref.config import ModelConfig
 from minicpm_ref.model import MiniCPM
-from minicpm_ref.cases import PROCESS_LOGITS
 from minicpm_ref.sampling import SamplingParams, choose_token, generate, process_logits, sample
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -4.0])

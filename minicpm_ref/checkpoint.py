@@ -8,20 +8,22 @@ would notice.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
 from pathlib import Path
 
-import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from minicpm_ref.config import ModelConfig
-from minicpm_ref.files import replacing, write_text
+from minicpm_ref.files import replacing_all, write_text
+from minicpm_ref.formats.folder import EMBEDDING, INDEX, OUTPUT, SINGLE, count_layers, read_tensors
 from minicpm_ref.model import MiniCPM
+from minicpm_ref.published import read_json, token_ids
 from minicpm_ref.ternary_layers import install_ternary, ternary_state
 from minicpm_ref.tokenizer import Tokenizer
 
@@ -70,8 +72,13 @@ def load(
                 f"variant {variant!r} names embedded weights, but the source is {str(source)!r}; give one or the other"
             )
         folder = resolve(source, revision)
-    config = ModelConfig.from_json(folder / "config.json")
+    config = with_end_tokens(ModelConfig.from_json(folder / "config.json"), folder)
     tensors, metadata = read_tensors(folder)
+    if count_layers(tensors) != config.num_hidden_layers:  # before a decoder of a billion layers is built
+        raise ValueError(
+            f"{folder}: config.json says num_hidden_layers = {config.num_hidden_layers}, "
+            f"the weights have {count_layers(tensors)}"
+        )
     with torch.device("meta"):
         model = MiniCPM(config)
     try:
@@ -80,12 +87,27 @@ def load(
         raise ValueError(f"{folder}: {error}") from error
     dense = {name: tensor for name, tensor in tensors.items() if name not in packed}
     check_tensors(model, dense, packed, folder)
-    dtype = dtype or dense["model.embed_tokens.weight"].dtype
+    dtype = dtype or dense[EMBEDDING].dtype
     dense = {name: tensor.to(device, dtype) for name, tensor in dense.items()}
     model.load_state_dict(dense, strict=False, assign=True)  # strict would ask for the packed ones, which are in place
-    model.to(device)
+    model.to(device).requires_grad_(False)  # for inference; training asks for them again
     tokenizer = Tokenizer.load(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else None
+    if tokenizer is not None:
+        tokenizer.end_at(model.config.eos_token_id)
     return model.eval(), tokenizer
+
+
+def with_end_tokens(config: ModelConfig, folder: Path) -> ModelConfig:
+    """`config` with the end tokens that `generation_config.json` adds: chat models often name theirs only there."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return config
+    more = read_json(path).get("eos_token_id")
+    try:
+        ids = () if more is None else token_ids("eos_token_id", more, config.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return dataclasses.replace(config, eos_token_id=tuple(dict.fromkeys((*config.eos_token_id, *ids))))
 
 
 def resolve(source: str | Path, revision: str | None = None) -> Path:
@@ -101,58 +123,14 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
     return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
 
 
-def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists, and the files'
-    metadata."""
-    tensors: dict[str, Tensor] = {}
-    metadata: dict[str, str] = {}
-    for path, expected in _shards(folder):
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                names = set(file.keys())
-                metadata |= file.metadata() or {}
-                if expected is not None and (expected - names):
-                    raise ValueError(f"{path}: tensor {min(expected - names)!r} is missing, the index says it is here")
-                for name in names if expected is None else expected:
-                    tensors[name] = file.get_tensor(name)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
-    return tensors, metadata
-
-
-def _shards(folder: Path) -> Iterator[tuple[Path, set[str] | None]]:
-    """Weight files and the tensor names each must hold (None: whatever it holds)."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        yield folder / "model.safetensors", None
-    elif index.is_file():
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{index}: expected JSON with a 'weight_map'") from error
-        for file_name in dict.fromkeys(weight_map.values()):
-            if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
-                raise ValueError(f"{index}: shard {file_name!r} is not the name of a .safetensors file in this folder")
-            if not (folder / file_name).is_file():
-                raise FileNotFoundError(f"{folder / file_name}: no such file, {index.name} lists it")
-            yield folder / file_name, {name for name, place in weight_map.items() if place == file_name}
-    else:
-        pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
-        also = f"; {pickles[0]} is a pickle, which can run code when opened and is never read" if pickles else ""
-        raise FileNotFoundError(f"{folder}: no model.safetensors or model.safetensors.index.json{also}")
-
-
 def check_tensors(model: MiniCPM, tensors: dict[str, Tensor], packed: set[str], folder: Path) -> None:
     """Compare names, shapes and dtypes with what `model` asks for besides the `packed` tensors it already has; raises
     ValueError naming the first that differs."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in packed}
-    config = model.config
-    if config.tie_word_embeddings and "lm_head.weight" in tensors:
-        if not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]):
-            raise ValueError(
-                f"{folder}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings"
-            )
-        del tensors["lm_head.weight"]
+    if model.config.tie_word_embeddings and OUTPUT in tensors:  # one matrix, stored under either name or both
+        output = tensors.pop(OUTPUT)
+        if not torch.equal(output, tensors.setdefault(EMBEDDING, output)):
+            raise ValueError(f"{folder}: {OUTPUT} differs from the embedding, but config.json says tie_word_embeddings")
     for name, shape in expected.items():
         if name not in tensors:
             raise ValueError(f"{folder}: tensor {name!r} is missing")
@@ -176,11 +154,13 @@ def save(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 4 * 2**30,
 ) -> None:
-    """Write `model` to `folder` in the published layout, each file atomically, the weights before the index that names
-    them.
+    """Write `model` to `folder` in the published layout; what an earlier save has left there is replaced.
 
     `dtype` None keeps the model's own; weights above `max_shard_bytes` are split into indexed shards. Packed ternary
     layers are stored packed, five weights to a byte, whatever `dtype` is.
+
+    All files are written under temporary names first, so an error on the way leaves the folder as it was. Then
+    `config.json` goes first and comes last: a folder that holds parts of two models never looks complete.
     """
     folder = Path(folder)
     packed, metadata = ternary_state(model)
@@ -193,26 +173,40 @@ def save(
     }
     stored = next(iter(tensors.values())).dtype
     tensors |= {name: tensor.cpu() for name, tensor in packed.items()}
-    shards: list[dict[str, Tensor]] = [{}]
-    for name, tensor in tensors.items():
-        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-        shards[-1][name] = tensor
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file_name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with replacing(folder / file_name) as temporary:
+    shards = _split(tensors, max_shard_bytes)
+    total = len(shards)
+    names = [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)] if total > 1 else [SINGLE]
+    with replacing_all([folder / name for name in names]) as temporaries:
+        for shard, temporary in zip(shards, temporaries, strict=True):
             save_file(shard, temporary, metadata=metadata)
-        weight_map |= dict.fromkeys(shard, file_name)
+        (folder / "config.json").unlink(missing_ok=True)
+        _delete_others(folder, names)
     if len(shards) > 1:
+        weight_map = {name: place for place, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
-        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
-    write_text(
-        folder / "config.json",
-        json.dumps(model.config.to_dict() | {"torch_dtype": str(stored).removeprefix("torch.")}, indent=2),
-    )
+        write_text(folder / INDEX, json.dumps(index, indent=2))
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer.json")
+    config = model.config.to_dict() | {"torch_dtype": str(stored).removeprefix("torch.")}
+    write_text(folder / "config.json", json.dumps(config, indent=2))
+
+
+def _split(tensors: dict[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
+    """Consecutive shards of at most `max_bytes`, or of one tensor that is larger."""
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    return shards
+
+
+def _delete_others(folder: Path, names: list[str]) -> None:
+    """Remove the index and the weight files of an earlier save that `names` do not overwrite."""
+    (folder / INDEX).unlink(missing_ok=True)
+    for path in folder.glob("model*.safetensors"):
+        if path.name not in names and re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", path.name):
+            path.unlink()
 
 
 def sha256_file(path: str | Path) -> str:

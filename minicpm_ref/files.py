@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; renamed over `path` on success, removed on any error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def replacing_all(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
+    """Give temporary paths beside `paths` to write to; renamed over them on success, removed on any error."""
+    targets = [Path(path) for path in paths]
+    temporaries = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in targets]
+    for path in targets:
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield temporary
-        temporary.chmod(0o644)  # some writers create private files
-        os.replace(temporary, path)
+        yield temporaries
+        for temporary, path in zip(temporaries, targets, strict=True):
+            temporary.chmod(0o644)  # some writers create private files
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """`replacing_all` for one file."""
+    with replacing_all([path]) as (temporary,):
+        yield temporary
 
 
 def write_text(path: str | Path, text: str) -> None:

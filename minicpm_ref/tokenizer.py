@@ -40,6 +40,10 @@ class Tokenizer:
         self.bos_id = self._required_id(BOS)
         self.eos_ids = tuple(i for i in (backend.token_to_id(EOS), backend.token_to_id(END_OF_TURN)) if i is not None)
 
+    def end_at(self, ids: Iterable[int]) -> None:
+        """Let these ids end generation, too: configs often name more of them than the vocabulary does."""
+        self.eos_ids = tuple(dict.fromkeys((*self.eos_ids, *ids)))
+
     def _required_id(self, token: str) -> int:
         found = self._backend.token_to_id(token)
         if found is None:

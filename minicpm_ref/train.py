@@ -93,7 +93,7 @@ class Recipe:
         """The model at step 0: fresh muP weights, or those of the parent."""
         if self.parent is None:
             return MiniCPM(self.config).init_weights(self.seed)
-        return load_parent(self.parent)
+        return load_parent(self.parent).requires_grad_(True)  # loaded weights ask for none
 
     def batch(self, corpus: Corpus, step: int, part: int, parts: int) -> tuple[Tensor, ...]:
         """What `loss` needs for one step in process `part` of `parts`: inputs and targets, [rows, context] each."""

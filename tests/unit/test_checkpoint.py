@@ -9,9 +9,10 @@ import pytest
 import torch
 from fresh import fresh_model
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 
 from minicpm_ref import checkpoint
+from minicpm_ref.cache import KVCache
 from minicpm_ref.card import check_chain
 from minicpm_ref.checkpoint import EMBEDDED, load, save, variants
 from minicpm_ref.config import ModelConfig
@@ -99,6 +100,136 @@ def test_an_index_that_points_outside_its_folder_is_refused(tmp_path, place: str
     content["weight_map"][NORM] = place
     index.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="index.json: shard"):
+        load(tmp_path)
+
+
+def test_loaded_weights_ask_for_no_gradients(tmp_path) -> None:
+    save(tiny(), tmp_path)
+    model, _ = load(tmp_path)
+    assert not any(p.requires_grad for p in model.parameters())
+    cache = KVCache(model.config, 1, 8)
+    model(torch.arange(4)[None], cache)  # without no_grad: the cache must not grow a graph
+    assert not cache.keys.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(2**30, 9000), (9000, 2**30), (9000, 20000), (20000, 9000), (2**30, 2**30), (9000, 9000)]
+)
+def test_what_was_saved_last_is_what_loads(tmp_path, first: int, second: int) -> None:
+    old, new = tiny(), fresh_model(tiny().config, seed=4)
+    save(old, tmp_path, max_shard_bytes=first)
+    save(new, tmp_path, max_shard_bytes=second)
+    loaded, _ = load(tmp_path)
+    for name, tensor in new.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert len(list(tmp_path.glob("*.safetensors"))) == len(checkpoint._split(dict(new.state_dict()), second))
+
+
+@pytest.mark.parametrize("shard_bytes", [9000, 2**30])
+def test_an_error_while_saving_leaves_the_earlier_save(tmp_path, monkeypatch, shard_bytes: int) -> None:
+    old = tiny()
+    save(old, tmp_path, max_shard_bytes=9000)
+    before = sorted(os.listdir(tmp_path))
+    calls = []
+
+    def full_disk(tensors: dict, path: object, metadata: dict) -> None:
+        calls.append(path)
+        if len(calls) == 2 or shard_bytes > 9000:
+            raise OSError("no space left on device")
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save(fresh_model(old.config, seed=4), tmp_path, max_shard_bytes=shard_bytes)
+    assert sorted(os.listdir(tmp_path)) == before
+    for name, tensor in load(tmp_path)[0].state_dict().items():
+        assert torch.equal(tensor, old.state_dict()[name]), name
+
+
+def test_two_sets_of_weights_in_one_folder_are_refused(tmp_path) -> None:
+    save(tiny(), tmp_path, max_shard_bytes=9000)
+    save_file(dict(tiny().state_dict()), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"holds both model\.safetensors and model\.safetensors\.index\.json"):
+        load(tmp_path)
+
+
+def test_a_shard_of_another_checkpoint_is_noticed(tmp_path) -> None:
+    save(tiny(), tmp_path, max_shard_bytes=9000)
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[0]
+    save_file(load_file(shard) | {"stranger": torch.zeros(1)}, shard)
+    with pytest.raises(ValueError, match=f"{shard.name}: tensor 'stranger' is not in the index"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", "expected a JSON object"),
+        ("{}", "weight_map = None: expected an object"),
+        ('{"weight_map": 5}', "weight_map = 5"),
+        ('{"weight_map": {"x": 5}}', r"weight_map\['x'\] = 5: expected a string"),
+        ("{", "Expecting"),
+    ],
+)
+def test_a_broken_index_is_named(tmp_path, content: str, message: str) -> None:
+    save(tiny(), tmp_path, max_shard_bytes=9000)
+    (tmp_path / checkpoint.INDEX).write_text(content)
+    with pytest.raises(ValueError, match=rf"index\.json: .*{message}"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names", [[f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(2)], ["model.rotary_emb.inv_freq"]]
+)
+def test_stored_rotary_frequencies_are_skipped(tmp_path, names: list[str]) -> None:
+    model = tiny()
+    for shard_bytes in (2**30, 9000):
+        save(model, tmp_path, max_shard_bytes=shard_bytes)
+        path = sorted(tmp_path.glob("*.safetensors"))[0]
+        save_file(load_file(path) | {name: torch.ones(4) for name in names}, path)
+        assert torch.equal(load(tmp_path)[0](torch.arange(9)[None]), model(torch.arange(9)[None]))
+
+
+def test_a_tied_matrix_may_be_stored_under_either_name(tmp_path) -> None:
+    model = tiny(tied=True)
+    save(model, tmp_path)
+    edit(tmp_path, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    assert torch.equal(load(tmp_path)[0](torch.arange(9)[None]), model(torch.arange(9)[None]))
+
+
+def test_a_tensor_that_safetensors_stored_once_is_found_under_both_names(tmp_path) -> None:
+    model = tiny()
+    model.lm_head.weight.data = model.model.embed_tokens.weight.data
+    save(tiny(), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    save_model(model, str(tmp_path / "model.safetensors"))  # notes {dropped name: kept name} in the metadata
+    assert len(load_file(tmp_path / "model.safetensors")) == len(model.state_dict()) - 1
+    assert torch.equal(load(tmp_path)[0](torch.arange(9)[None]), model(torch.arange(9)[None]))
+
+
+@pytest.mark.parametrize("layers", [1, 3, 10**9])
+def test_the_number_of_layers_is_compared_before_any_is_built(tmp_path, monkeypatch, layers: int) -> None:
+    save(tiny(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    monkeypatch.setattr(checkpoint, "MiniCPM", lambda config: pytest.fail("built"))
+    with pytest.raises(ValueError, match=f"num_hidden_layers = {layers}, the weights have 2"):
+        load(tmp_path)
+
+
+def test_end_tokens_are_those_of_config_generation_config_and_vocabulary(tmp_path) -> None:
+    _, tokenizer = load()
+    assert tokenizer is not None
+    own = tokenizer.eos_ids
+    config = ModelConfig(4096, 32, 2, 4, 2, 48, max_position_embeddings=64, eos_token_id=(7,))
+    save(fresh_model(config, seed=3), tmp_path, tokenizer)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 11], "temperature": 0.8}')
+    model, tokenizer = load(tmp_path)
+    assert tokenizer is not None
+    assert model.config.eos_token_id == (7, 11)
+    assert tokenizer.eos_ids == (*own, 7, 11)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5000}')
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id = 5000"):
         load(tmp_path)
 
 

@@ -129,7 +129,11 @@ def _function(module: str, name: str) -> Callable[..., Any]:
 
 
 def _version(package: str) -> str | None:
-    """The installed version, or None; does not import the package."""
+    """The installed version, or None; does not import the package.
+
+    The distribution may bear another name than the module: `triton` also comes as triton-windows, say.
+    """
     if importlib.util.find_spec(package) is None or importlib.util.find_spec("minicpm_kernels") is None:
         return None
-    return importlib.metadata.version(package)
+    distributions = importlib.metadata.packages_distributions().get(package, ())
+    return importlib.metadata.version(distributions[0]) if distributions else "of unknown version"

@@ -83,7 +83,7 @@ class KVCache:
         that."""
         if (lengths > self.lengths).any() or (lengths < 0).any():
             raise ValueError(f"truncate to {lengths.tolist()}: the rows hold {self.lengths.tolist()} tokens")
-        self.lengths = lengths.to(self.lengths)
+        self.lengths = lengths.to(self.lengths, copy=True)  # `advance` adds in place: the caller's tensor must not move
 
     def reset(self) -> None:
         """Forget every token; the memory stays."""

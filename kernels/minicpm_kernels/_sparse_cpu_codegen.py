@@ -321,12 +321,15 @@ def _attend_tile(  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _leave(result, batch, group, token, heads, state, out):  # type: ignore[no-untyped-def]
-    """One token's result out of the lanes, divided by the sum of weights; 0 where nothing was visible."""
+    """One token's result out of the lanes, divided by the sum of weights; 0 where nothing was visible.
+
+    A sum that is NaN divides too: a broken input must come out as NaN, not as a plausible zero.
+    """
     for head in range(heads):
         place, lane = head // LANES, head % LANES
         total = state[place, 1, lane]
         for d in range(out.shape[1]):
-            result[batch, group * heads + head, token, d] = out[place, d, lane] / total if total > 0 else float32(0)
+            result[batch, group * heads + head, token, d] = float32(0) if total == 0 else out[place, d, lane] / total
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -59,6 +59,15 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         backend.choose("ternary_matmul_int8", "cpu")
 
 
+def test_a_distribution_of_another_name_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton for ROCm and for Windows imports as `triton` and is installed under another name."""
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(backend.importlib.metadata, "packages_distributions", lambda: {"triton": ["triton-rocm"]})
+    monkeypatch.setattr(backend.importlib.metadata, "version", {"triton-rocm": "3.9"}.__getitem__)
+    assert backend._version("triton") == "3.9"
+    assert backend._version("numba") == "of unknown version"
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="operation 'attention': expected one of"):
         backend.choose("attention", "cpu")

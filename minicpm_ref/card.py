@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minicpm_ref.checkpoint import resolve, sha256_file, variant_folder, variants
+from minicpm_ref.checkpoint import EMBEDDED, resolve, sha256_file, variant_folder, variants
 from minicpm_ref.data import Corpus, bits_per_byte
 from minicpm_ref.model import MiniCPM
 
@@ -60,17 +60,27 @@ def quality_by_group(model: MiniCPM, corpus: Corpus, context: int) -> dict[str, 
     return quality | {"all": round(bits / nbytes, 4)}
 
 
+def parent_folder(parent: str) -> Path:
+    """Where the weights of a parent are: those of an embedded variant, of the embedded stable phase, or a folder."""
+    return EMBEDDED / parent if parent in (*variants(), "stable") else resolve(parent)
+
+
 def parent_record(parent: str | None) -> dict[str, str] | None:
-    """Name and weight hash of what a run started from: an embedded variant or a folder; None for fresh weights."""
+    """Name and weight hash of what a run started from; None for fresh weights."""
     if parent is None:
         return None
-    folder = variant_folder(parent) if parent in variants() else resolve(parent)
-    return {"name": parent, "weights_sha256": sha256_file(folder / "model.safetensors")}
+    folder = parent_folder(parent)
+    weights = folder / "model.safetensors"
+    return {"name": parent, "weights_sha256": sha256_file(weights if weights.is_file() else folder / "state.safetensors")}
 
 
 def check_chain() -> None:
-    """Raise ValueError naming the first embedded variant whose parent is not the embedded base as it is now."""
-    base = sha256_file(variant_folder("base") / "model.safetensors")
+    """Raise ValueError naming the first embedded variant that does not descend from the embedded base or from its
+    stable phase as they are now."""
+    origins = {
+        name: sha256_file(EMBEDDED / name / file)
+        for name, file in (("base", "model.safetensors"), ("stable", "state.safetensors"))
+    }
     for name in variants():
         card = json.loads((variant_folder(name) / "card.json").read_text("utf-8"))
         own = sha256_file(variant_folder(name) / "model.safetensors")
@@ -79,10 +89,8 @@ def check_chain() -> None:
         parent = card["parent"]
         if (name == "base") != (parent is None):
             raise ValueError(f"variant {name!r}: parent is {parent!r}; only the base has none")
-        if parent is not None and parent["weights_sha256"] != base:
-            raise ValueError(
-                f"variant {name!r} was trained from {parent['weights_sha256']}, the embedded base is {base}"
-            )
+        if parent is not None and origins.get(parent["name"]) != parent["weights_sha256"]:
+            raise ValueError(f"variant {name!r} was trained from {parent}, embedded are {origins}")
 
 
 def machine(device: torch.device) -> dict[str, str]:

@@ -39,8 +39,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from minicpm_ref.card import training_card
-from minicpm_ref.checkpoint import load, save, sha256_file, variant_folder, variants
+from minicpm_ref.card import parent_folder, training_card
+from minicpm_ref.checkpoint import load, save, sha256_file, variants
 from minicpm_ref.config import ModelConfig
 from minicpm_ref.data import Corpus, bits_per_byte, small_sample
 from minicpm_ref.files import replacing, write_text
@@ -60,7 +60,9 @@ PROMPTS = (
 class Recipe:
     """Everything that determines a training run. A variant's recipe subclasses this and overrides what differs.
 
-    Lengths and budgets are in tokens; `warmup` and `decay` are fractions of the whole run.
+    Lengths and budgets are in tokens. The warmup is counted in tokens too, so that it does not depend on how long the
+    run will be: a short decay that branches off a stable run equals a run that was planned that short. `decay` is the
+    fraction of the whole run over which the rate falls to zero.
     """
 
     name: str
@@ -72,7 +74,7 @@ class Recipe:
     lr: float = 0.01
     matrix_lr: float = 0.02
     weight_decay: float = 0.05
-    warmup: float = 0.02
+    warmup_tokens: int = 150_000
     decay: float = 0.3
     clip: float = 1.0
     seed: int = 0
@@ -118,27 +120,37 @@ class SavedState(NamedTuple):
 
 
 def read_state(folder: str | Path) -> SavedState:
-    """The state that a run in `folder` saved last. Raises FileNotFoundError when there is none."""
+    """The state that a run in `folder` saved last, in float32 even where the file keeps 16 bits (`weights/stable`).
+
+    Raises FileNotFoundError when there is none.
+    """
     path = Path(folder) / "state.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the folder of a training run")
     with safetensors.safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["training"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open has no __iter__)
-    weights = {key.removeprefix("model/"): value for key, value in tensors.items() if key.startswith("model/")}
+    weights = {key.removeprefix("model/"): value.float() for key, value in tensors.items() if key.startswith("model/")}
     optimizer: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer/"):
             _, name, entry = key.split("/")
-            optimizer.setdefault(name, {})[entry] = value
+            optimizer.setdefault(name, {})[entry] = value.float()
     return SavedState(header, weights, optimizer)
 
 
 def load_parent(parent: str) -> MiniCPM:
-    """The float32 model a variant starts from: an embedded variant by name, or a folder."""
+    """The float32 model that another run starts from: an embedded variant by name, "stable" (the embedded state of the
+    base's stable phase), the folder of a model, or that of a run that has not ended."""
     if parent in variants():
         return load(variant=parent)[0]
-    return load(parent, dtype=torch.float32)[0]
+    folder = parent_folder(parent)
+    if (folder / "config.json").is_file():
+        return load(folder, dtype=torch.float32)[0]
+    state = read_state(folder)
+    model = MiniCPM(ModelConfig.from_dict(state.header["recipe"]["config"]))
+    model.load_state_dict(state.weights)
+    return model
 
 
 def default_precision(device: torch.device) -> str:
@@ -210,7 +222,7 @@ class Trainer:
 
     def _check_same_vocabulary(self, parent: str) -> None:
         """Under another vocabulary the parent's embedding means nothing, and training would not say so."""
-        folder = variant_folder(parent) if parent in variants() else Path(parent)
+        folder = parent_folder(parent)
         path = folder / "tokenizer.json"
         if path.is_file() and path.read_bytes() != (self.corpus.folder / "tokenizer.json").read_bytes():
             raise ValueError(
@@ -234,7 +246,7 @@ class Trainer:
         """One optimizer step; returns its metrics, equal on every process."""
         recipe = self.recipe
         factor = wsd_factor(
-            self.step, recipe.steps, int(recipe.warmup * recipe.steps), int(recipe.decay * recipe.steps)
+            self.step, recipe.steps, recipe.warmup_tokens // recipe.batch_tokens, int(recipe.decay * recipe.steps)
         )
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

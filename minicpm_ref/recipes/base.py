@@ -1,4 +1,5 @@
-"""The embedded base model: five million parameters, trained on Python source for about an hour of two CPU cores.
+"""The embedded base model: five million parameters, trained on Python source for an hour and a half of two CPU
+cores.
 
 Shape and rates come from the wind-tunnel sweep in figures/data/sweep.json. At width 256 the shapes learn alike, and 4
 layers with 4 query heads on 1 key-value head are the fastest; width 512 with 2 layers learns more from each token, but
@@ -6,8 +7,9 @@ runs a quarter slower and leaves little depth to look into. The sweep's short ru
 of 0.01 to 0.02; this run is some thirty times longer, so it takes the lower one. Every matrix has an input width that
 is a multiple of 256, which ternary groups of 128 and 256 need.
 
-A run of this length reads well over half of the corpus once, so the corpus is kept to what it can learn from: build
-it with `minicpm-ref data --groups stdlib,numpy,networkx`.
+The run reads its corpus six times: build it with `minicpm-ref data --groups stdlib,numpy,networkx`, which is what so
+small a model can learn from. Its stable phase is embedded beside it (`weights/stable`): the state after 32.4 million
+tokens, from which other runs branch off: a shorter decay (`--tokens 50000000`), or the ternary variant.
 """
 
 from minicpm_ref.config import ModelConfig
@@ -24,4 +26,6 @@ CONFIG = ModelConfig(
     eos_token_id=(2,),
 )
 
-RECIPE = Recipe(name="base", config=CONFIG, tokens=7_700_000, context=512, lr=0.01, matrix_lr=0.02)
+RECIPE = Recipe(
+    name="base", config=CONFIG, tokens=80_000_000, context=512, batch_tokens=8192, warmup_tokens=1_000_000
+)

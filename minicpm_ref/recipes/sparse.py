@@ -44,7 +44,7 @@ class SparseRecipe(Recipe):
     facts; `answer_weight` is what the mean loss of their answers adds to that of all tokens.
     """
 
-    lengths: tuple[int, ...] = (256, 512, 1024, 2048)
+    lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
     short_share: float = 0.27
     planted_share: float = 0.5
     answer_weight: float = 0.5
@@ -88,11 +88,12 @@ class SparseRecipe(Recipe):
 RECIPE = SparseRecipe(
     name="sparse",
     config=replace(CONFIG, sparse_config=SPARSE),
-    tokens=2_200_000,
-    context=2048,
-    lr=0.005,
-    matrix_lr=0.01,
-    decay=0.4,
+    tokens=4_000_000,
+    context=4096,
+    lr=0.004,
+    matrix_lr=0.008,
+    warmup_tokens=100_000,
+    decay=0.5,
     seed=3,
     parent="base",
 )

@@ -3,10 +3,9 @@
 Two decoupled stages. `ternary_qat` comes first and is left to finish; then this short run starts from its float32
 weights and asks the ternary student to match the whole distribution that a full-precision teacher gives for every next
 token, besides the token itself. Distilling during QAT would aim at two moving things at once, and the report found it
-worse. The report also found that a teacher's quality matters most: the base itself would be a bad one, because QAT's
-further training has already made the student better than it. The teacher is `continued`, which read the same tokens.
+worse. The report also found that a teacher's quality matters most; the teacher is the embedded base, which read more tokens than the student.
 
-Run `minicpm-ref train --recipe ternary_qat` and `--recipe continued` before this one.
+Run `minicpm-ref train --recipe ternary_qat` before this one.
 Source: MiniCPM4 technical report (arXiv 2506.07900) section 3.3; Hinton et al., arXiv 1503.02531 (the loss).
 """
 
@@ -27,14 +26,14 @@ from minicpm_ref.train import load_parent, read_state
 
 @dataclass(frozen=True)
 class DistillationRecipe(TernaryRecipe):
-    """Training from the weights of the finished run in folder `start` towards the predictions of the model in
-    `teacher`.
+    """Training from the weights of the finished run in folder `start` towards the predictions of `teacher`, an embedded
+    variant or a folder.
 
     `teacher_share` weighs the teacher's distribution against the true next token.
     """
 
     start: str = "runs/ternary_qat"
-    teacher: str = "runs/continued/model"
+    teacher: str = "base"
     teacher_share: float = 0.5
 
     def build_model(self) -> MiniCPM:
@@ -62,11 +61,12 @@ class DistillationRecipe(TernaryRecipe):
 RECIPE = DistillationRecipe(
     name="ternary",
     config=CONFIG,
-    tokens=820_000,
-    lr=0.002,
-    matrix_lr=0.004,
-    warmup=0.05,
-    decay=0.6,
+    tokens=3_640_000,
+    batch_tokens=8192,
+    lr=0.003,
+    matrix_lr=0.006,
+    warmup_tokens=100_000,
+    decay=0.8,
     seed=2,
-    parent="base",
+    parent="stable",
 )

@@ -1,10 +1,14 @@
-"""Quantization-aware training of the embedded base: the first stage of its ternary variant.
+"""Quantization-aware training: the first stage of the ternary variant, branching off the base's stable phase.
 
 Every linear layer inside the blocks multiplies by its weight rounded to {-s, 0, s}, and the float32 weight below learns
-through the straight-through estimator. The schedule starts anew, as in the MiniCPM4 report: the rate is warmed up to
-half of the base's peak, held, and decayed to zero. Base and this run together read R tokens; the report finds that QAT
-needs about 40 % of R to match QAT from the start (`studies.ternary_ablation` measures that curve on a smaller
-model); this run takes about 30 %.
+through the straight-through estimator. The run starts where the base's learning rate is still at its peak, before the
+decay that makes weights settle: rounding a settled model breaks more, and it leaves its places less willingly. The
+MiniCPM4 report warms the rate up to half of the peak again because it starts from a finished model.
+
+The control comes for nothing: the base's own branch that decays after 50 million tokens (`minicpm-ref train --recipe
+base --tokens 50000000`) has read as many tokens as this run, its parent, and the distillation that follows (`ternary`)
+together, and the two differ in nothing but the weights' precision. The report finds that QAT needs about 40 % of all
+tokens to match QAT from the start; here both ternary stages are 35 %.
 
 The seed differs from the base's, so that the batches are not the ones the base began with.
 Source: MiniCPM4 technical report (arXiv 2506.07900) section 3.3.
@@ -46,11 +50,12 @@ class TernaryRecipe(Recipe):
 RECIPE = TernaryRecipe(
     name="ternary_qat",
     config=CONFIG,
-    tokens=3_300_000,
-    lr=0.005,
-    matrix_lr=0.01,
-    warmup=0.05,
-    decay=0.4,
+    tokens=14_000_000,
+    batch_tokens=8192,
+    lr=0.01,
+    matrix_lr=0.02,
+    warmup_tokens=250_000,
+    decay=0.6,
     seed=1,
-    parent="base",
+    parent="stable",
 )

@@ -10,7 +10,7 @@ Everything else is one import deeper, in the file that the design names after it
 from minicpm_ref.cache import KVCache
 from minicpm_ref.checkpoint import load, save
 from minicpm_ref.config import ModelConfig, SparseConfig
-from minicpm_ref.data import bits_per_byte
+from minicpm_ref.evaluate import bits_per_byte
 from minicpm_ref.model import MiniCPM
 from minicpm_ref.sampling import SamplingParams, generate
 from minicpm_ref.tokenizer import Tokenizer

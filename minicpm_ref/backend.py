@@ -8,7 +8,7 @@ The rule: on a GPU the triton kernel, on a CPU the numba kernel, if the operatio
 installed; otherwise torch, the reference. `MINICPM_BACKEND=torch`, `triton` or `numba` replaces the rule for every
 operation that has such an implementation.
 
-`minicpm_kernels` and with it triton and numba are imported when a kernel is first asked for, so that `import
+triton and numba are imported when a kernel is first asked for, so that `import
 minicpm_ref` works where they are not installed.
 """
 
@@ -28,25 +28,13 @@ ENVIRONMENT = "MINICPM_BACKEND"
 BACKENDS = ("auto", "torch", "triton", "numba")
 NATIVE = {"cpu": "numba", "cuda": "triton"}  # device type -> what runs there; ROCm calls its devices cuda, too
 
-# operation -> backend -> module that holds the function of that name
-OPERATIONS: dict[str, dict[str, str]] = {
-    "select_blocks": {
-        "torch": "minicpm_ref.sparse_attention",
-        "triton": "minicpm_kernels.sparse_select",
-        "numba": "minicpm_kernels.sparse_cpu",
-    },
-    "sparse_attention": {
-        "torch": "minicpm_ref.sparse_attention",
-        "triton": "minicpm_kernels.sparse_attention",
-        "numba": "minicpm_kernels.sparse_cpu",
-    },
-    "sparse_tree_attention": {"torch": "minicpm_ref.sparse_tree", "triton": "minicpm_kernels.sparse_attention"},
-    "ternary_matmul": {"torch": "minicpm_ref.ternary", "triton": "minicpm_kernels.ternary_triton"},
-    "ternary_matmul_int8": {
-        "torch": "minicpm_ref.ternary",
-        "numba": "minicpm_kernels.ternary_cpu",
-        "triton": "minicpm_kernels.ternary_triton_int8",
-    },
+# operation -> module of its reference; the kernels that stand in for it are those of `minicpm_kernels.registry`
+OPERATIONS = {
+    "select_blocks": "minicpm_ref.sparse.blocks",
+    "sparse_attention": "minicpm_ref.sparse.attention",
+    "sparse_tree_attention": "minicpm_ref.sparse.tree",
+    "ternary_matmul": "minicpm_ref.lowbit.ternary",
+    "ternary_matmul_int8": "minicpm_ref.lowbit.ternary",
 }
 
 
@@ -109,17 +97,23 @@ def describe() -> list[Choice]:
     return [row._replace(reason=row.reason + _instruction_set(row)) for row in rows]
 
 
+@functools.cache
 def _modules(operation: str) -> dict[str, str]:
+    """Backend -> module that holds the function of that name."""
     if operation not in OPERATIONS:
         raise ValueError(f"operation {operation!r}: expected one of {', '.join(OPERATIONS)}")
-    return OPERATIONS[operation]
+    modules = {"torch": OPERATIONS[operation]}
+    if importlib.util.find_spec("minicpm_kernels") is not None:
+        registry = importlib.import_module("minicpm_kernels.registry")  # imports neither triton nor numba
+        modules |= {kernel.language: kernel.module for kernel in registry.KERNELS if kernel.name == operation}
+    return modules
 
 
 def _instruction_set(row: Choice) -> str:
     """What a numba kernel found this CPU to be capable of."""
     if row.backend != "numba":
         return ""
-    return f", {importlib.import_module(OPERATIONS[row.operation]['numba']).INSTRUCTION_SET}"
+    return f", {importlib.import_module(_modules(row.operation)['numba']).INSTRUCTION_SET}"
 
 
 @functools.cache

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minicpm_ref.compressed_cache import CompressedKeyCache
 from minicpm_ref.config import ModelConfig
+from minicpm_ref.sparse.compressed_cache import CompressedKeyCache
 
 
 class KVCache:

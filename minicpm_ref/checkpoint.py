@@ -22,9 +22,9 @@ from torch import Tensor
 from minicpm_ref.config import ModelConfig
 from minicpm_ref.files import replacing_all, write_text
 from minicpm_ref.formats.folder import EMBEDDING, INDEX, OUTPUT, SINGLE, count_layers, read_tensors
+from minicpm_ref.lowbit.layers import install_ternary, ternary_state
 from minicpm_ref.model import MiniCPM
 from minicpm_ref.published import read_json, token_ids
-from minicpm_ref.ternary_layers import install_ternary, ternary_state
 from minicpm_ref.tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).parent / "weights"

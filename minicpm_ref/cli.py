@@ -6,7 +6,6 @@ Python.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -104,6 +103,7 @@ def evaluate(
 ) -> None:
     """Measure bits per byte: how well the model predicts a text (lower is better; gzip needs about 2 on code)."""
     from minicpm_ref import checkpoint, data
+    from minicpm_ref.evaluate import bits_per_byte
 
     model, tokenizer = checkpoint.load(weights, device, variant=variant)
     if tokenizer is None:
@@ -116,7 +116,7 @@ def evaluate(
             name: [d.text for d in documents if d.group == name] for name in dict.fromkeys(d.group for d in documents)
         }
     for name, texts in groups.items():
-        console.print(f"{data.bits_per_byte(model, tokenizer, texts, context):.3f} bits per byte  {name}")
+        console.print(f"{bits_per_byte(model, tokenizer, texts, context):.3f} bits per byte  {name}")
 
 
 @app.command()
@@ -165,7 +165,7 @@ def data(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Option(help="Name of a file in minicpm_ref/recipes/.")] = "base",
+    recipe: Annotated[str, typer.Option(help="Name of a file in minicpm_ref/training/recipes/.")] = "base",
     corpus: Annotated[Path, typer.Option(help="Folder written by `minicpm-ref data`.")] = Path("corpus"),
     out: Annotated[Path | None, typer.Option(help="Folder of the run; an unfinished run in it is continued.")] = None,
     tokens: Annotated[
@@ -178,20 +178,9 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Another seed than the recipe's.")] = None,
 ) -> None:
     """Train by a recipe. Ctrl-C stops cleanly after the step; the same command goes on exactly there."""
-    import dataclasses
+    from minicpm_ref.train import run
 
-    from minicpm_ref.data import Corpus
-    from minicpm_ref.recipes import get_recipe
-    from minicpm_ref.train import Trainer, keep_freed_memory
-
-    chosen = get_recipe(recipe)
-    changes = {name: value for name, value in (("tokens", tokens), ("seed", seed)) if value is not None}
-    chosen = dataclasses.replace(chosen, **changes)  # type: ignore[arg-type]
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if device == "cpu":
-        keep_freed_memory()  # this process trains and ends
-    Trainer(chosen, Corpus(corpus), out or Path("runs") / recipe, device, sharding).run()
+    run(recipe, corpus, out or Path("runs") / recipe, tokens, seed, device, sharding)
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:

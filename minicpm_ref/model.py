@@ -18,84 +18,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minicpm_ref import backend
 from minicpm_ref.cache import KVCache
 from minicpm_ref.config import ModelConfig
-from minicpm_ref.sparse_attention import select_blocks, sparse_attention
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; statistics in float32, result in x's dtype.
-
-    x [..., C], weight [C]. Source: Zhang and Sennrich, arXiv 1910.07467.
-    """
-    x32 = x.float()
-    x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return x32.to(x.dtype) * weight.to(x.dtype)
-
-
-def rope_frequencies(config: ModelConfig, long: bool, device: torch.device | str = "cpu") -> Tensor:
-    """Angle in radians that one token step adds to each rotated pair, [D/2] float32.
-
-    Plain RoPE: theta^(-2j/D). LongRoPE divides entry j by a searched factor, taken from the short or the long list.
-    Sources: Su et al., arXiv 2104.09864; Ding et al., arXiv 2402.13753.
-    """
-    exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
-    frequencies = config.rope_theta**-exponents
-    if config.rope_scaling is not None:
-        factors = config.rope_scaling.long_factor if long else config.rope_scaling.short_factor
-        frequencies = frequencies / torch.tensor(factors, device=device, dtype=torch.float32)
-    return frequencies
-
-
-def rope_attention_factor(config: ModelConfig) -> float:
-    """What LongRoPE multiplies both cos and sin by: sqrt(1 + ln(max / original) / ln(original)); 1 for plain RoPE."""
-    if config.rope_scaling is None:
-        return 1.0
-    original = config.rope_scaling.original_max_position_embeddings
-    scale = config.max_position_embeddings / original
-    return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
-
-
-def rope_angles(config: ModelConfig, positions: Tensor, long: Tensor) -> Tensor:
-    """Rotation angles [..., T, D/2] in float32 of `positions` [..., T]; `long` (bool, broadcastable) picks LongRoPE's
-    list."""
-    positions = positions.unsqueeze(-1).float()
-    short_angles = positions * rope_frequencies(config, False, positions.device)
-    if config.rope_scaling is None:
-        return short_angles
-    return torch.where(long.unsqueeze(-1), positions * rope_frequencies(config, True, positions.device), short_angles)
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [..., T, D] by the angles whose cos and sin are [..., T, D/2], in the half-split ("NeoX") layout.
-
-    Entry j is paired with entry j + D/2. Computed in float32, returned in x's dtype.
-    """
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of the last T of S tokens over all S, causal, with grouped key-value heads.
-
-    q [B, H, T, D], k and v [B, G, S, D] with H a multiple of G and S >= T; query head h reads key-value
-    head h // (H / G). Returns [B, H, T, D]. Scale 1/sqrt(D); `scaled_dot_product_attention` keeps the softmax in
-    float32.
-    """
-    new_tokens, total = q.shape[2], k.shape[2]
-    mask = None
-    if 1 < new_tokens < total:
-        mask = torch.ones(new_tokens, total, dtype=torch.bool, device=q.device).tril(total - new_tokens)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=new_tokens == total, enable_gqa=True)
+from minicpm_ref.ops import apply_rope, causal_attention, rms_norm, rope_angles, rope_attention_factor
+from minicpm_ref.sparse.attention import attend
 
 
 @dataclass(frozen=True)
@@ -145,7 +80,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, kv_width, bias=False)
         self.v_proj = nn.Linear(width, kv_width, bias=False)
         self.o_proj = nn.Linear(q_width, width, bias=False)
-        self.qkv_proj: nn.Module | None = None  # q, k and v in one product, once `ternary_layers` has merged them
+        self.qkv_proj: nn.Module | None = None  # q, k and v in one product, once `lowbit.layers` has merged them
         self.head_dim = config.head_dim
         self.sparse = config.sparse_config
         self.selector: Callable[..., Tensor] | None = None  # a rival of `select_blocks`, for comparison
@@ -176,14 +111,7 @@ class Attention(nn.Module):
         if self.sparse is None or k.shape[2] < self.sparse.dense_len:
             return causal_attention(q, k, v)
         pooled = None if cache is None or cache.compressed is None else cache.compressed.update(self.layer, row, k[0])
-        select, attend = select_blocks, sparse_attention
-        chosen = backend.choose("sparse_attention", q.device)
-        differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        # numba's kernels have neither gradients nor float64
-        if chosen == "triton" or (chosen == "numba" and not differentiable and q.dtype != torch.float64):
-            select, attend = (backend.kernel(name, chosen) for name in ("select_blocks", "sparse_attention"))
-        select = self.selector or select
-        return attend(q, k, v, select(q, k, self.sparse, compressed=pooled), self.sparse)
+        return attend(q, k, v, self.sparse, pooled, self.selector)
 
 
 class SwiGLU(nn.Module):
@@ -194,7 +122,7 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.gate_up_proj: nn.Module | None = None  # gate and up in one product, once `ternary_layers` has merged them
+        self.gate_up_proj: nn.Module | None = None  # gate and up in one product, once `lowbit.layers` has merged them
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, C] -> [B, T, C]."""
@@ -382,3 +310,13 @@ def _new_tokens(segments: list[Segment], rows: int) -> Tensor:
     for segment in segments:
         counts[segment.cache_row] += segment.stop - segment.start
     return counts
+
+
+def with_config(model: MiniCPM, **changes: Any) -> MiniCPM:
+    """The same weights, copied, under a config with some fields changed, such as `rope_scaling` or `sparse_config`.
+
+    Raises RuntimeError when a change asks for weights of another shape.
+    """
+    changed = MiniCPM(replace(model.config, **changes)).to(model.device, model.dtype)
+    changed.load_state_dict(model.state_dict())
+    return changed.train(model.training)

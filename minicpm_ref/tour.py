@@ -22,10 +22,11 @@ from torch import Tensor
 
 from minicpm_ref import backend
 from minicpm_ref.cache import KVCache
-from minicpm_ref.card import machine
 from minicpm_ref.checkpoint import EMBEDDED, load, variants
 from minicpm_ref.config import ModelConfig
-from minicpm_ref.data import bits_per_byte, read_held_out
+from minicpm_ref.data import read_held_out
+from minicpm_ref.evaluate import bits_per_byte
+from minicpm_ref.machine import machine, read_bandwidth
 from minicpm_ref.model import MiniCPM
 from minicpm_ref.sampling import SamplingParams, generate
 from minicpm_ref.tokenizer import Tokenizer, stream_text
@@ -192,7 +193,7 @@ def measure_transformers(console: Console, model: MiniCPM, ids: Tensor) -> Row:
     """The same weights in transformers; raises RuntimeError if its logits differ by more than rounding."""
     from transformers import DynamicCache
 
-    from minicpm_ref.interop import to_granite
+    from minicpm_ref.formats.granite import to_granite
 
     granite = to_granite(model)
     difference = (granite(ids).logits - model(ids)).abs().max().item()
@@ -283,12 +284,3 @@ def show_info(console: Console, config: ModelConfig, name: str, bandwidth: float
     console.print(sizes)
 
 
-def read_bandwidth() -> float:
-    """Bytes per second at which this CPU sums 256 MB of floats: the best of five passes."""
-    block = torch.ones(64 * 2**20)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        block.sum()
-        times.append(time.perf_counter() - start)
-    return block.nbytes / min(times)

@@ -20,8 +20,8 @@ from numba import njit, prange
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from minicpm_kernels._ternary_cpu_codegen import I32, I64, INSTRUCTION_SETS
-from minicpm_kernels.ternary_cpu import SUPPORTED
+from minicpm_kernels.lowbit._ternary_cpu_codegen import I32, I64, INSTRUCTION_SETS
+from minicpm_kernels.lowbit.ternary_cpu import SUPPORTED
 
 STREAMS = 4  # places that a thread reads from in turn; one alone, or a loop that is not vectorized, reads less
 CHAINS = 16  # the instruction takes five cycles and two start in each: ten would do

@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from common import measure, write_results
 
 from minicpm_ref.cases import AddNormCase, NormCase
-from minicpm_ref.fused import add_rms_norm
-from minicpm_ref.model import rms_norm
+from minicpm_ref.ops import add_rms_norm, rms_norm
 
 WIDTHS = (1024, 4096)  # MiniCPM4-0.5B and 8B
 TOKENS = {"cuda": (1, 16, 1024, 16384), "cpu": (1, 16, 256)}
@@ -50,7 +49,7 @@ def candidates(function: str, device: str) -> dict[str, Callable[..., Any]]:
     """Name -> implementation of `function` on this device."""
     found = {"reference": REFERENCES[function], "torch": PEERS[function]}
     if device == "cuda":
-        from minicpm_kernels import rms_norm as kernels
+        from minicpm_kernels import ops as kernels
 
         found["triton"] = getattr(kernels, function)
     return found

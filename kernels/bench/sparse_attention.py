@@ -31,12 +31,12 @@ from common import graphed, rotation, summary, time_once, write_results
 from sparse_lists import KINDS, draw_inputs, draw_lists, overlap, valid_blocks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minicpm_kernels import sparse_token
-from minicpm_kernels.sparse_arguments import placement
-from minicpm_kernels.sparse_attention import sparse_attention
-from minicpm_kernels.sparse_select import compress_keys, select_blocks
+from minicpm_kernels.sparse import one_token
+from minicpm_kernels.sparse.arguments import placement
+from minicpm_kernels.sparse.attention import sparse_attention
+from minicpm_kernels.sparse.blocks import compress_keys, select_blocks
 from minicpm_kernels.testing import assert_close, default_bound, relative_error
-from minicpm_ref import sparse_attention as reference
+from minicpm_ref import sparse as reference
 from minicpm_ref.config import SparseConfig
 
 HEADS, GROUPS, WIDTH, DTYPE = 32, 2, 128, torch.bfloat16
@@ -160,7 +160,7 @@ def prompt_rows(tokens: int, batch: int, count: int, kind: str, options: Any, li
         return sparse_attention(q, k, v, blocks, config)
 
     def token(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        return sparse_token.attend_tokens(q, k, v, blocks, *where, config.block_size, part=None)[0]
+        return one_token.attend_tokens(q, k, v, blocks, *where, config.block_size, part=None)[0]
 
     valid = valid_blocks(blocks)
     group = {"tokens": tokens, "batch": batch, "blocks": count, "lists": kind}

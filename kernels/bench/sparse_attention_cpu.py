@@ -40,9 +40,9 @@ import torch.nn.functional as F
 from common import DATA, cache_bytes, summary, write_results
 from machine_limits import read_limit
 
-from minicpm_kernels.sparse_cpu import INSTRUCTION_SET, select_blocks, sparse_attention
+from minicpm_kernels.sparse.cpu import INSTRUCTION_SET, select_blocks, sparse_attention
 from minicpm_kernels.testing import assert_close, default_bound, relative_error
-from minicpm_ref import sparse_attention as reference
+from minicpm_ref import sparse as reference
 from minicpm_ref.config import SparseConfig
 
 HEADS, GROUPS, WIDTH = 32, 2, 128

@@ -16,9 +16,10 @@ from __future__ import annotations
 import torch
 import triton
 
-from minicpm_kernels.sparse_arguments import Settings, placement
-from minicpm_kernels.sparse_select import select_blocks
-from minicpm_kernels.sparse_union import member_bits, tile_heads, union_lists
+from minicpm_kernels.sparse.arguments import placement
+from minicpm_kernels.sparse.blocks import select_blocks
+from minicpm_kernels.sparse.union import member_bits, tile_heads, union_lists
+from minicpm_kernels.sparse.windows import Settings
 
 KINDS = ("public", "random", "selected", "same")
 CORRELATION = 0.98

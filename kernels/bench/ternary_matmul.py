@@ -41,11 +41,11 @@ from common import DATA, cache_bytes, summary, write_results
 from ggml_peer import TYPES, Ggml, GgmlProduct, find_ggml
 from machine_limits import read_limit, vnni_peak
 
-from minicpm_kernels.ternary_cpu import INSTRUCTION_SET, ternary_matmul_int8
+from minicpm_kernels.lowbit.ternary_cpu import INSTRUCTION_SET, ternary_matmul_int8
 from minicpm_ref.checkpoint import variant_folder, variants
 from minicpm_ref.config import ModelConfig
-from minicpm_ref.ternary import dequantize
-from minicpm_ref.ternary_packing import scales_to_lanes, to_lanes
+from minicpm_ref.lowbit.packing import scales_to_lanes, to_lanes
+from minicpm_ref.lowbit.ternary import dequantize
 
 SHAPES = {"4096x4096": (4096, 4096), "16384x4096": (16384, 4096), "4096x16384": (4096, 16384)}
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256)

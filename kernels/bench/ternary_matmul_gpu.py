@@ -13,8 +13,8 @@ How it is timed:
 - each result is judged against float64 before anything is timed.
 
 `ternary` is the public function. `matvec`, `matmul` and `scratch` force one of its kernels where the public function
-may prefer another: by these rows MATVEC_TOKENS and SCRATCH_TOKENS of `minicpm_kernels.ternary_triton` are to be set.
-`int8`, `int8_matvec` and `int8_matmul` are the same with activations rounded to int8 (`ternary_triton_int8`), the
+may prefer another: by these rows MATVEC_TOKENS and SCRATCH_TOKENS of `minicpm_kernels.lowbit.ternary_triton` are to be
+set. `int8`, `int8_matvec` and `int8_matmul` are the same with activations rounded to int8 (`ternary_triton_int8`), the
 opponents of the float kernels; they are judged against the reference that rounds, too.
 
 Run: python kernels/bench/ternary_matmul_gpu.py [--rounds 20] [--quick]. It needs a GPU.
@@ -34,8 +34,8 @@ from common import graphed, rotation, summary, time_once, write_results
 from minicpm_kernels import testing
 from minicpm_ref.cases import TernaryMatmulCase
 from minicpm_ref.config import ModelConfig
-from minicpm_ref.ternary import dequantize, ternary_matmul, ternary_matmul_int8
-from minicpm_ref.ternary_packing import from_lanes, scales_from_lanes
+from minicpm_ref.lowbit.packing import from_lanes, scales_from_lanes
+from minicpm_ref.lowbit.ternary import dequantize, ternary_matmul, ternary_matmul_int8
 
 SHAPES = ((4096, 4096), (16384, 4096), (4096, 16384))  # out, in
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256)
@@ -59,8 +59,10 @@ def candidates(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
 ) -> dict[str, tuple[Callable[..., torch.Tensor], tuple[Any, ...]]]:
     """Name -> (function, its arguments): y [tokens, out]."""
-    from minicpm_kernels import ternary_triton as kernels  # not above: Triton must not start on a machine without a GPU
-    from minicpm_kernels import ternary_triton_int8 as int8
+    from minicpm_kernels.lowbit import (
+        ternary_triton as kernels,  # not above: Triton must not start on a machine without a GPU
+    )
+    from minicpm_kernels.lowbit import ternary_triton_int8 as int8
 
     subnormal = kernels._subnormal()
     words = codes.view(torch.int32).squeeze(-1)
@@ -81,14 +83,14 @@ def candidates(
 
 def prepare(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What the product kernels do to the activations first."""
-    from minicpm_kernels import ternary_triton as kernels
+    from minicpm_kernels.lowbit import ternary_triton as kernels
 
     return kernels._prepare(x, len(x), kernels._subnormal())
 
 
 def prepare_int8(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The same for the kernels on int8."""
-    from minicpm_kernels import ternary_triton_int8
+    from minicpm_kernels.lowbit import ternary_triton_int8
 
     return ternary_triton_int8._prepare(x, len(x))
 

@@ -6,13 +6,13 @@ works where they are not installed; the submodules do.
 
 Kernels:
 
-- `rms_norm`   RMSNorm, alone and fused with the residual add
-- `sparse_select`, `sparse_attention`   InfLLM-V2: choosing blocks, and attending to them; the latter's kernels are in
-  `sparse_token` (one token), `sparse_union` (prompts) and `sparse_backward`, what they share in `sparse_arguments`
-- `sparse_cpu`   both stages on a CPU, for inference; its machine code is put together in `_sparse_cpu_codegen`
-- `ternary_triton`, `ternary_triton_int8`   BitCPM on a GPU: packed ternary weights times floats, or times activations
-  rounded to int8; the former's assembly is in `_ternary_triton_asm`
-- `ternary_cpu`   the same on a CPU, in int8; its machine code is put together in `_ternary_cpu_codegen`
+- `ops`   RMSNorm, alone and fused with the residual add
+- `sparse`   InfLLM-V2: `blocks` chooses, `attention` attends, `tree` does so for drafts; the kernels of the last two
+  are in `one_token`, `union` (prompts) and `backward`, what they share in `arguments` and `windows`. `cpu` has both
+  stages on a CPU, for inference; its machine code is put together in `_cpu_codegen`
+- `lowbit`   BitCPM: `ternary_triton`, `ternary_triton_int8` multiply packed ternary weights with floats, or with
+  activations rounded to int8, on a GPU; the former's assembly is in `_ternary_triton_asm`. `ternary_cpu` is the same on
+  a CPU, in int8; its machine code is put together in `_ternary_cpu_codegen`
 
 What they rest on:
 

@@ -70,33 +70,32 @@ class CompileConfig:
     fp_fusion: bool = True
 
 
-_SPARSE_PARTS = ("sparse_token", "sparse_union", "sparse_backward")
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("rms_norm", "minicpm_kernels.rms_norm", "minicpm_ref.model", "triton"),
-    Kernel("add_rms_norm", "minicpm_kernels.rms_norm", "minicpm_ref.fused", "triton"),
-    Kernel("ternary_matmul", "minicpm_kernels.ternary_triton", "minicpm_ref.ternary", "triton"),
-    Kernel("ternary_matmul_int8", "minicpm_kernels.ternary_cpu", "minicpm_ref.ternary", "numba"),
-    Kernel("ternary_matmul_int8", "minicpm_kernels.ternary_triton_int8", "minicpm_ref.ternary", "triton"),
-    Kernel("compress_keys", "minicpm_kernels.sparse_select", "minicpm_ref.sparse_attention", "triton"),
-    # lists of 16-bit inputs hang on rounding: test_sparse_select.py compares the scores of what was chosen
-    Kernel("select_blocks", "minicpm_kernels.sparse_select", "minicpm_ref.sparse_attention", "triton", ("float32",)),
+    Kernel("rms_norm", "minicpm_kernels.ops", "minicpm_ref.ops", "triton"),
+    Kernel("add_rms_norm", "minicpm_kernels.ops", "minicpm_ref.ops", "triton"),
+    Kernel("ternary_matmul", "minicpm_kernels.lowbit.ternary_triton", "minicpm_ref.lowbit.ternary", "triton"),
+    Kernel("ternary_matmul_int8", "minicpm_kernels.lowbit.ternary_cpu", "minicpm_ref.lowbit.ternary", "numba"),
+    Kernel("ternary_matmul_int8", "minicpm_kernels.lowbit.ternary_triton_int8", "minicpm_ref.lowbit.ternary", "triton"),
+    Kernel("compress_keys", "minicpm_kernels.sparse.blocks", "minicpm_ref.sparse.blocks", "triton"),
+    # lists of 16-bit inputs hang on rounding: sparse/test_blocks.py compares the scores of what was chosen
+    Kernel("select_blocks", "minicpm_kernels.sparse.blocks", "minicpm_ref.sparse.blocks", "triton", ("float32",)),
     Kernel(
         "sparse_attention",
-        "minicpm_kernels.sparse_attention",
-        "minicpm_ref.sparse_attention",
+        "minicpm_kernels.sparse.attention",
+        "minicpm_ref.sparse.attention",
         "triton",
-        parts=tuple(f"minicpm_kernels.{part}" for part in _SPARSE_PARTS),
+        parts=tuple(f"minicpm_kernels.sparse.{part}" for part in ("one_token", "union", "backward")),
         softmax=True,
     ),
     # as above
-    Kernel("select_blocks", "minicpm_kernels.sparse_cpu", "minicpm_ref.sparse_attention", "numba", ("float32",)),
-    Kernel("sparse_attention", "minicpm_kernels.sparse_cpu", "minicpm_ref.sparse_attention", "numba", softmax=True),
+    Kernel("select_blocks", "minicpm_kernels.sparse.cpu", "minicpm_ref.sparse.blocks", "numba", ("float32",)),
+    Kernel("sparse_attention", "minicpm_kernels.sparse.cpu", "minicpm_ref.sparse.attention", "numba", softmax=True),
     Kernel(
         "sparse_tree_attention",
-        "minicpm_kernels.sparse_attention",
-        "minicpm_ref.sparse_tree",
+        "minicpm_kernels.sparse.tree",
+        "minicpm_ref.sparse.tree",
         "triton",
-        parts=("minicpm_kernels.sparse_token",),
+        parts=("minicpm_kernels.sparse.one_token",),
         softmax=True,
     ),
 )

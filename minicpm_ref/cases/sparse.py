@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minicpm_ref.config import SparseConfig
-from minicpm_ref.sparse_attention import query_positions, select_blocks
+from minicpm_ref.sparse import query_positions, select_blocks
 
 SMALL = SparseConfig(kernel_size=8, kernel_stride=4, init_blocks=1, block_size=16, window_size=32, topk=3, dense_len=-1)
 MEDIUM = SparseConfig(kernel_size=32, kernel_stride=16, block_size=64, window_size=128, topk=4, dense_len=-1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minicpm_ref.cases.sparse import SMALL, SelectBlocksCase
-from minicpm_ref.sparse_attention import select_blocks
+from minicpm_ref.sparse import select_blocks
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minicpm_ref.ternary_packing import scales_to_lanes, to_lanes
+from minicpm_ref.lowbit.packing import scales_to_lanes, to_lanes
 
 
 def _codes(rows: int, columns: int, generator: torch.Generator) -> Tensor:

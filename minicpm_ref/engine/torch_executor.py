@@ -32,15 +32,8 @@ from torch import Tensor
 from minicpm_ref import backend
 from minicpm_ref.cache import KVCache
 from minicpm_ref.engine.executor import Logits, check_tokens, depths
-from minicpm_ref.model import (
-    Attention,
-    DecoderLayer,
-    MiniCPM,
-    apply_rope,
-    causal_attention,
-    rope_angles,
-    rope_attention_factor,
-)
+from minicpm_ref.model import Attention, DecoderLayer, MiniCPM
+from minicpm_ref.ops import apply_rope, causal_attention, rope_angles, rope_attention_factor
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from minicpm_ref.config import ModelConfig
 from minicpm_ref.exercises import attempt
-from minicpm_ref.model import MiniCPM, apply_rope, causal_attention
+from minicpm_ref.model import MiniCPM
+from minicpm_ref.ops import apply_rope, causal_attention
 
 
 def check_window_attention(window_attention: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> str:

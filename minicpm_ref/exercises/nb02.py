@@ -13,7 +13,7 @@ from tokenizers import models
 from torch import Tensor, nn
 
 from minicpm_ref.exercises import attempt
-from minicpm_ref.optimizers import Muon
+from minicpm_ref.training.optimizers import Muon
 
 
 def check_encode_word(encode_word: Callable[[str, list[tuple[str, str]]], list[str]]) -> str:
@@ -68,7 +68,7 @@ def check_muon_update(
     muon_update: Callable[[Tensor, Tensor, Tensor, float, float, float], tuple[Tensor, Tensor]],
 ) -> str:
     """Check `muon_update(weight, gradient, buffer, lr, momentum, weight_decay)` against three steps of
-    `minicpm_ref.optimizers.Muon`."""
+    `minicpm_ref.training.optimizers.Muon`."""
 
     def check() -> None:
         generator = torch.Generator().manual_seed(0)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from minicpm_ref.cases import ADD_RMS_NORM, RMS_NORM
 from minicpm_ref.exercises import attempt
-from minicpm_ref.fused import add_rms_norm
-from minicpm_ref.model import rms_norm
+from minicpm_ref.ops import add_rms_norm, rms_norm
 
 Judge = Callable[[Callable[..., Any], Callable[..., Any], tuple[Any, ...]], None]
 
@@ -58,7 +57,7 @@ def check_softmax(softmax: Callable[[Tensor], Tensor], judge: Judge) -> str:
 def check_fused_add(
     fused_add: Callable[[Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]], judge: Judge
 ) -> str:
-    """Check `fused_add(residual, branch, weight, eps, scale)` -> (hidden, normed) against `minicpm_ref.fused`."""
+    """Check `fused_add(residual, branch, weight, eps, scale)` -> (hidden, normed) against `minicpm_ref.ops`."""
 
     def check() -> None:
         for case in ADD_RMS_NORM:

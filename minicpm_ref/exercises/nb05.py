@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from minicpm_ref.config import SparseConfig
 from minicpm_ref.exercises import attempt
-from minicpm_ref.sparse_attention import pick_blocks, window_count
+from minicpm_ref.sparse import pick_blocks, window_count
 
 CALLS = 31  # bits of a non-negative float's pattern
 

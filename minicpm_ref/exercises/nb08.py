@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minicpm_ref.config import ModelConfig
 from minicpm_ref.exercises import Operations, attempt
-from minicpm_ref.ternary_packing import pack
+from minicpm_ref.lowbit.packing import pack
 
 DIVISIONS = ("div", "floor_divide", "remainder", "fmod")
 TABLES = ("index", "index_select", "gather", "take", "embedding")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minicpm_ref.exercises import Operations, attempt
-from minicpm_ref.ternary_packing import to_lanes
+from minicpm_ref.lowbit.packing import to_lanes
 
 ARITHMETIC = ("mul", "div", "pow", "ldexp", "add", "sub", "sum")
 CONVERSION = ("_to_copy", "to", "type_as")

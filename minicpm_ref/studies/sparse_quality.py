@@ -29,11 +29,12 @@ from torch import Tensor
 
 from minicpm_ref.checkpoint import load, sha256_file, variant_folder
 from minicpm_ref.config import SparseConfig
-from minicpm_ref.data import Corpus, bits_per_byte
+from minicpm_ref.data import Corpus
+from minicpm_ref.evaluate import bits_per_byte
 from minicpm_ref.model import Attention, MiniCPM
-from minicpm_ref.retrieval import Planter, retrieval_accuracy
-from minicpm_ref.sparse_attention import block_scores, pick_blocks, query_positions
-from minicpm_ref.studies import Record
+from minicpm_ref.sparse import block_scores, pick_blocks, query_positions
+from minicpm_ref.studies.record import Record
+from minicpm_ref.training.planted_facts import Planter, retrieval_accuracy
 
 MODES = ("dense", "sparse", "window", "random")
 LENGTHS = (512, 1024, 2048)

@@ -25,13 +25,14 @@ from typing import Annotated
 import typer
 
 from minicpm_ref.checkpoint import save
-from minicpm_ref.data import Corpus, bits_per_byte, small_sample
+from minicpm_ref.data import Corpus, small_sample
+from minicpm_ref.evaluate import bits_per_byte
+from minicpm_ref.lowbit.ternary import GRIDS
 from minicpm_ref.model import MiniCPM
-from minicpm_ref.recipes.ternary_qat import TernaryRecipe
-from minicpm_ref.studies import Record
-from minicpm_ref.ternary import GRIDS
-from minicpm_ref.train import Recipe, Trainer
-from minicpm_ref.wind_tunnel import PROXY
+from minicpm_ref.studies.record import Record
+from minicpm_ref.training import Recipe, Trainer
+from minicpm_ref.training.recipes.ternary_qat import TernaryRecipe
+from minicpm_ref.wind_tunnel.sweep import PROXY
 
 TOKENS = 204_800  # of every run, both stages together
 FRACTIONS = (0.0, 0.1, 0.2, 0.4, 0.6, 1.0)
@@ -62,7 +63,7 @@ def measure(
         tokens,
         context=256,
         batch_tokens=2048,
-        warmup=0.05,
+        warmup_tokens=tokens // 20,
         decay=0.4,
     )
     settings = {"recipe": base.to_dict(), "fractions": FRACTIONS, "grid_fraction": GRID_FRACTION, "seeds": list(seeds)}

@@ -23,14 +23,14 @@ from typing import Annotated
 
 import typer
 
-from minicpm_ref.card import quality_by_group
 from minicpm_ref.checkpoint import load, sha256_file, variant_folder
 from minicpm_ref.data import Corpus
+from minicpm_ref.evaluate import quality_by_group
+from minicpm_ref.lowbit.layers import MergedTernaryLinear, TernaryLinear, to_ternary
+from minicpm_ref.lowbit.packing import size_report
 from minicpm_ref.model import MiniCPM
-from minicpm_ref.studies import Record
-from minicpm_ref.ternary_layers import MergedTernaryLinear, TernaryLinear, to_ternary
-from minicpm_ref.ternary_packing import size_report
-from minicpm_ref.train import load_parent
+from minicpm_ref.studies.record import Record
+from minicpm_ref.training import load_parent
 
 RUNS = {"continued": "continued", "qat": "ternary_qat", "qat+distillation": "ternary"}
 

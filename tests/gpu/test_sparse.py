@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from minicpm_ref import sparse_attention as reference
+from minicpm_ref import sparse as reference
 from minicpm_ref.cases.sparse import SELECT_BLOCKS, SPARSE_ATTENTION
 
 pytestmark = pytest.mark.gpu
@@ -20,7 +20,7 @@ BIG = ("medium", "medium-batch", "published-chunk")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", [*BIG, "group-3", "padded-batch", "published-decode"])
 def test_choices_are_worth_as_much(name: str, dtype: torch.dtype) -> None:
-    from minicpm_kernels.sparse_select import select_blocks
+    from minicpm_kernels.sparse.blocks import select_blocks
     from minicpm_kernels.testing import poisoned_memory, upcast
 
     arguments = LISTS[name].build(dtype, "cuda")
@@ -40,7 +40,7 @@ def test_choices_are_worth_as_much(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", [*BIG, "group-3", "padded-batch", "block-is-one-stride", "random-lists"])
 def test_gradients(name: str, dtype: torch.dtype) -> None:
-    from minicpm_kernels.sparse_attention import sparse_attention
+    from minicpm_kernels.sparse.attention import sparse_attention
     from minicpm_kernels.testing import assert_as_close, largest_logit, poisoned_memory
 
     q, k, v, *rest = ROWS[name].build(dtype, "cuda")
@@ -62,8 +62,8 @@ def test_gradients(name: str, dtype: torch.dtype) -> None:
 
 def test_a_decode_step_fits_in_a_graph() -> None:
     """No value is read off the device on the way, and a replay follows changed inputs."""
-    from minicpm_kernels.sparse_attention import sparse_attention
-    from minicpm_kernels.sparse_select import compress_keys, select_blocks
+    from minicpm_kernels.sparse.attention import sparse_attention
+    from minicpm_kernels.sparse.blocks import compress_keys, select_blocks
 
     q, k, v, _, config, *_ = ROWS["published-decode"].build(torch.bfloat16, "cuda")
     size, stride = config.kernel_size, config.kernel_stride

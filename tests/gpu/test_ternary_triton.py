@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from minicpm_ref.cases import TernaryMatmulCase
-from minicpm_ref.ternary import quantize_activations
-from minicpm_ref.ternary import ternary_matmul as reference
-from minicpm_ref.ternary import ternary_matmul_int8 as reference_int8
+from minicpm_ref.lowbit.ternary import quantize_activations
+from minicpm_ref.lowbit.ternary import ternary_matmul as reference
+from minicpm_ref.lowbit.ternary import ternary_matmul_int8 as reference_int8
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(4096, 4096), (1024, 16384), (512, 256)]
@@ -23,7 +23,7 @@ SHAPES = [(4096, 4096), (1024, 16384), (512, 256)]
 @pytest.mark.parametrize("tokens", [1, 2, 3, 16, 33, 255, 256])
 def test_real_shapes(tokens: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
     """The same numbers as the reference, and the same bits on every run, whichever split finished first."""
-    from minicpm_kernels.ternary_triton import ternary_matmul
+    from minicpm_kernels.lowbit.ternary_triton import ternary_matmul
     from minicpm_kernels.testing import check_kernel
 
     arguments = TernaryMatmulCase("row", (tokens,), *shape).build(dtype, "cuda")
@@ -39,7 +39,7 @@ def test_real_shapes(tokens: int, shape: tuple[int, int], dtype: torch.dtype) ->
 def test_each_kernel_and_both_ways_to_read_codes(
     name: str, subnormal: bool, tokens: int, shape: tuple[int, int]
 ) -> None:
-    from minicpm_kernels import ternary_triton
+    from minicpm_kernels.lowbit import ternary_triton
     from minicpm_kernels.testing import check_kernel
 
     if subnormal and torch.version.hip is not None:
@@ -52,7 +52,7 @@ def test_each_kernel_and_both_ways_to_read_codes(
 
 
 def test_a_nan_stays_in_its_token() -> None:
-    from minicpm_kernels.ternary_triton import ternary_matmul
+    from minicpm_kernels.lowbit.ternary_triton import ternary_matmul
     from minicpm_kernels.testing import assert_close
 
     for tokens in (2, 5):
@@ -65,7 +65,7 @@ def test_a_nan_stays_in_its_token() -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 16, 33, 64, 257])
 def test_int8_activations(tokens: int, shape: tuple[int, int]) -> None:
     """Both kernels, dp4a and tensor cores: as the reference, whose integers are exact, and the same bits every time."""
-    from minicpm_kernels import ternary_triton_int8 as kernels
+    from minicpm_kernels.lowbit import ternary_triton_int8 as kernels
     from minicpm_kernels.testing import check_kernel
 
     def matvec(x: Tensor, codes: Tensor, scales: Tensor, group_size: int) -> Tensor:
@@ -80,7 +80,7 @@ def test_int8_activations(tokens: int, shape: tuple[int, int]) -> None:
 
 def test_activations_are_rounded_as_in_the_reference() -> None:
     """To the last bit: division and rounding half to even, which fused or approximate arithmetic would miss."""
-    from minicpm_kernels.ternary_triton_int8 import _prepare
+    from minicpm_kernels.lowbit.ternary_triton_int8 import _prepare
 
     x, *_ = TernaryMatmulCase("row", (33,), 16, 4096).build(torch.bfloat16, "cuda")
     x[0, :128] = torch.arange(128, device="cuda") + 0.5  # 127.5 / 127.5 * 127 and many values next to halves

@@ -71,7 +71,7 @@ def test_crossover(bench: ModuleType, ratios: tuple[float, ...], expected: float
 def test_the_work_that_is_counted(bench: ModuleType) -> None:
     """Against lists: 75 tokens, blocks of 16, 6 of them visible at most."""
     from minicpm_ref.cases.sparse import SMALL
-    from minicpm_ref.sparse_attention import select_blocks
+    from minicpm_ref.sparse import select_blocks
 
     q, k, _ = bench.draw(150, 150)
     lists = select_blocks(q, k, SMALL)[0, 0]

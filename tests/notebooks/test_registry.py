@@ -26,20 +26,22 @@ from .tools import NOTEBOOKS, ROOT, code_cells, definitions, package_function, p
 # The first notebook is a tour of the others: it uses the package and derives nothing.
 TOURS = {"00_start_here"}
 # modules of minicpm_kernels that hold no kernel
-SUPPORT = {"registry", "testing", "aot", "checks", "cpu_threads", "sparse_arguments"}
+SUPPORT = {"registry", "testing", "aot", "checks", "cpu_threads", "sparse.arguments", "sparse.windows"}
 
 
 def kernel_functions() -> set[tuple[str, str]]:
     """(public function, module) for everything in `minicpm_kernels` that is not support code, a jitted kernel or a part
     of one."""
-    parts = {part.rpartition(".")[2] for kernel in KERNELS for part in kernel.parts}
+    parts = {part for kernel in KERNELS for part in kernel.parts}
     found = set()
-    for path in sorted((ROOT / "kernels" / "minicpm_kernels").glob("*.py")):
-        if path.stem.startswith("_") or path.stem in SUPPORT | parts:
+    package = ROOT / "kernels" / "minicpm_kernels"
+    for path in sorted(package.rglob("*.py")):
+        module = ".".join(path.relative_to(package.parent).with_suffix("").parts)
+        if path.stem.startswith("_") or module in parts or module.partition(".")[2] in SUPPORT:
             continue
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and not node.decorator_list:
-                found.add((node.name, f"minicpm_kernels.{path.stem}"))
+                found.add((node.name, module))
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 
 from minicpm_kernels.testing import assert_close
 from minicpm_ref.cases import ADD_RMS_NORM, RMS_NORM, TABLES, Case
-from minicpm_ref.fused import add_rms_norm
+from minicpm_ref.ops import add_rms_norm
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file, save_model
 
 from minicpm_ref import checkpoint
 from minicpm_ref.cache import KVCache
-from minicpm_ref.card import check_chain
 from minicpm_ref.checkpoint import EMBEDDED, load, save, variants
 from minicpm_ref.config import ModelConfig
 from minicpm_ref.files import replacing
+from minicpm_ref.lowbit.layers import TernaryLinear, to_ternary
+from minicpm_ref.lowbit.packing import size_report
 from minicpm_ref.model import MiniCPM
-from minicpm_ref.ternary_layers import TernaryLinear, to_ternary
-from minicpm_ref.ternary_packing import size_report
+from minicpm_ref.training.card import check_chain
 
 
 def tiny(tied: bool = False) -> MiniCPM:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from fresh import fresh_model
 
 from minicpm_ref.config import ModelConfig
-from minicpm_ref.data import Corpus, Document, bits_per_byte, build_corpus, find_roots, small_sample
+from minicpm_ref.data import Corpus, Document, build_corpus, find_roots, small_sample
+from minicpm_ref.evaluate import bits_per_byte
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch
 from fresh import fresh_model
 
 from minicpm_ref.config import ModelConfig, SparseConfig
-from minicpm_ref.long_context import stretched_rope, with_config
-from minicpm_ref.model import rope_frequencies
+from minicpm_ref.model import with_config
+from minicpm_ref.ops import rope_frequencies, stretched_rope
 
 CONFIG = ModelConfig(
     vocab_size=61,

@@ -10,8 +10,9 @@ from fresh import fresh_model
 
 from minicpm_ref.cache import KVCache
 from minicpm_ref.config import LongRope, ModelConfig
-from minicpm_ref.interop import to_granite
-from minicpm_ref.model import MiniCPM, apply_rope, rope_angles
+from minicpm_ref.formats.granite import to_granite
+from minicpm_ref.model import MiniCPM
+from minicpm_ref.ops import apply_rope, rope_angles
 
 ORIGINAL = 32  # LongRoPE's original length in these tests
 SHORT = tuple(1.0 + 0.1 * i for i in range(8))

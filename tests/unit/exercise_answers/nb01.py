@@ -9,7 +9,7 @@ from torch import Tensor
 from exercise_answers import Right, Wrong
 from minicpm_ref.config import ModelConfig
 from minicpm_ref.exercises import nb01
-from minicpm_ref.model import causal_attention
+from minicpm_ref.ops import causal_attention
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:

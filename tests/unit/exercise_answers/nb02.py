@@ -8,7 +8,7 @@ from torch import Tensor
 
 from exercise_answers import Right, Wrong
 from minicpm_ref.exercises import nb02
-from minicpm_ref.optimizers import orthogonalize
+from minicpm_ref.training.optimizers import orthogonalize
 
 
 def encode_word(word: str, merges: list[tuple[str, str]], overlap: bool = False) -> list[str]:

@@ -10,8 +10,7 @@ from torch import Tensor
 from exercise_answers import Right, Wrong
 from minicpm_kernels.testing import check_kernel
 from minicpm_ref.exercises import nb04
-from minicpm_ref.fused import add_rms_norm
-from minicpm_ref.model import rms_norm
+from minicpm_ref.ops import add_rms_norm, rms_norm
 
 EXTRA = (check_kernel,)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from exercise_answers import Right, Wrong
 from minicpm_ref.config import ModelConfig
 from minicpm_ref.exercises import nb08
-from minicpm_ref.ternary_packing import unpack
+from minicpm_ref.lowbit.packing import unpack
 
 
 def checkpoint_bytes(config: ModelConfig, code_bits: float, group_size: int) -> float:

@@ -1,0 +1,1 @@
+"""BitCPM: products with packed ternary weights."""

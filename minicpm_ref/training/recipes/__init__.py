@@ -1,0 +1,20 @@
+"""One small file a recipe; each exposes `RECIPE`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from minicpm_ref.training.recipe import Recipe
+
+
+def recipe_names() -> list[str]:
+    """Names of all recipes."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe of that name. Raises ValueError listing the names."""
+    if name not in recipe_names():
+        raise ValueError(f"recipe {name!r}: expected one of {', '.join(recipe_names())}")
+    return importlib.import_module(f"{__name__}.{name}").RECIPE

@@ -1,0 +1,227 @@
+"""The trainer: optimizers, schedule, exact resume after a kill, and the same losses on two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from minicpm_ref.checkpoint import load
+from minicpm_ref.config import ModelConfig
+from minicpm_ref.data import Corpus
+from minicpm_ref.model import MiniCPM
+from minicpm_ref.training import Recipe, Trainer
+from minicpm_ref.training.optimizers import Muon, build_optimizers, orthogonalize, wsd_factor
+from minicpm_ref.training.recipes import get_recipe, recipe_names
+
+CONFIG = ModelConfig(480, 64, 2, 4, 1, 96, max_position_embeddings=64)
+RECIPE = Recipe("tiny", CONFIG, tokens=24 * 128, context=32, batch_tokens=128, precision="float32")
+
+
+def losses(trainer: Trainer, steps: int) -> list[float]:
+    return [trainer.train_step()["loss"] for _ in range(steps)]
+
+
+# ---- optimizers and schedule
+
+
+def test_wsd_warms_up_stays_and_decays() -> None:
+    factors = [wsd_factor(step, 100, 10, 20) for step in range(100)]
+    assert factors[0] == 0.1
+    assert factors[9:80] == [1.0] * 71
+    assert factors[80] == 1.0
+    assert factors[90] == 0.5
+    assert factors[99] == 0.05
+    assert all(a >= b for a, b in zip(factors[80:], factors[81:], strict=False))
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 24), (24, 8), (3, 5, 7)])
+def test_orthogonalize_brings_singular_values_near_one(shape: tuple[int, ...]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    result = orthogonalize(matrix)
+    values = torch.linalg.svdvals(result)
+    assert values.min() > 0.3
+    assert values.max() < 1.3
+    u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
+    assert ((u @ vt) * result).sum() > 0.8 * min(shape[-2:]) * (shape[0] if len(shape) == 3 else 1)
+
+
+def test_muon_stacks_equal_shapes_without_mixing_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(6, 4, generator=generator) for _ in range(3)]
+    gradients = [torch.randn(6, 4, generator=generator) for _ in range(3)]
+    together = [torch.nn.Parameter(w.clone()) for w in weights]
+    alone = [torch.nn.Parameter(w.clone()) for w in weights]
+    for group in (together, alone):
+        for parameter, gradient in zip(group, gradients, strict=True):
+            parameter.grad = gradient.clone()
+    Muon(together, lr=0.1).step()
+    for parameter in alone:
+        Muon([parameter], lr=0.1).step()
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_mup_groups_divide_the_rate_of_layer_matrices_by_the_width_ratio() -> None:
+    wide = replace(CONFIG, hidden_size=512, num_attention_heads=8, num_key_value_heads=2)
+    with torch.device("meta"):
+        model = MiniCPM(wide)
+    (adamw,) = build_optimizers(model, wide, "adamw", lr=0.01, matrix_lr=0.02, weight_decay=0.1)
+    rates = {id(p): group["base_lr"] for group in adamw.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        expected = 0.01 / 2 if parameter.ndim == 2 and ".layers." in name else 0.01
+        assert rates[id(parameter)] == expected, name
+    muon, adamw = build_optimizers(model, wide, "muon", lr=0.01, matrix_lr=0.02, weight_decay=0.1)
+    assert len(muon.param_groups[0]["params"]) == 14
+    with pytest.raises(ValueError, match="'sgd'"):
+        build_optimizers(model, wide, "sgd", 0.01, 0.02, 0.1)
+
+
+# ---- the trainer
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_training_learns(corpus: Corpus, tmp_path, optimizer: str) -> None:
+    curve = losses(Trainer(replace(RECIPE, optimizer=optimizer), corpus, tmp_path), RECIPE.steps)
+    assert curve[0] > 5.5
+    assert sum(curve[-4:]) / 4 < curve[0] - 2
+
+
+def test_resuming_is_exact_even_with_a_later_end(corpus: Corpus, tmp_path) -> None:
+    expected = losses(Trainer(RECIPE, corpus, tmp_path / "whole"), 12)
+    first = Trainer(RECIPE, corpus, tmp_path / "parts")
+    start = losses(first, 5)
+    first.save_state()
+    second = Trainer(replace(RECIPE, tokens=2 * RECIPE.tokens), corpus, tmp_path / "parts")  # a longer stable phase
+    assert second.step == 5
+    assert start + losses(second, 7) == expected
+
+
+def test_another_recipe_in_the_folder_is_refused(corpus: Corpus, tmp_path) -> None:
+    Trainer(RECIPE, corpus, tmp_path).save_state()
+    with pytest.raises(ValueError, match=r"lr = 0.5 \(was 0.01\)"):
+        Trainer(replace(RECIPE, lr=0.5), corpus, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(corpus: Corpus, tmp_path) -> None:
+    trainer = Trainer(RECIPE, corpus, tmp_path)
+    with torch.no_grad():
+        trainer.model.model.norm.weight[0] = float("nan")
+    with pytest.raises(RuntimeError, match="loss is nan"):
+        trainer.train_step()
+
+
+def test_a_finished_run_leaves_weights_and_a_card(corpus: Corpus, tmp_path) -> None:
+    card = Trainer(RECIPE, corpus, tmp_path).run(evaluate_steps=10)
+    assert card is not None
+    model, tokenizer = load(tmp_path / "model")
+    assert model.dtype == torch.float16
+    assert tokenizer is not None
+    assert json.loads((tmp_path / "model" / "card.json").read_text()) == card
+    assert card["tokens"] == RECIPE.tokens
+    assert card["corpus"]["manifest_sha256"] == corpus.manifest_sha256
+    assert card["held_out_bits_per_byte"]["all"] < 2
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, RECIPE.steps + 1))
+    assert [row["step"] for row in rows if "held_out" in row] == [10, 20, 24]
+
+
+WORKER = """
+import sys
+from dataclasses import replace
+sys.path.insert(0, {folder!r})
+from test_train import RECIPE
+from minicpm_ref.data import Corpus
+from minicpm_ref.training import Trainer
+recipe = replace(RECIPE, optimizer=sys.argv[3], tokens=int(sys.argv[5]) * RECIPE.batch_tokens)
+trainer = Trainer(recipe, Corpus(sys.argv[1]), sys.argv[2], sharding=sys.argv[4])
+trainer.run(checkpoint_seconds=0)
+"""
+
+
+def worker(tmp_path: Path, corpus: Corpus, *arguments: str) -> list[str]:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(folder=str(Path(__file__).parent)))
+    return [str(script), str(corpus.folder), str(tmp_path / "run"), *arguments]
+
+
+def read_losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(corpus: Corpus, tmp_path) -> None:
+    command = [sys.executable, *worker(tmp_path, corpus, "muon", "ddp", "60")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 8):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    recipe = replace(RECIPE, tokens=60 * RECIPE.batch_tokens)
+    assert read_losses(tmp_path / "run") == losses(Trainer(recipe, corpus, tmp_path / "whole"), 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("optimizer", "sharding"), [("muon", "ddp"), ("adamw", "ddp"), ("adamw", "fsdp")])
+def test_two_processes_give_the_losses_of_one(corpus: Corpus, tmp_path, optimizer: str, sharding: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*command, *worker(tmp_path, corpus, optimizer, sharding, "8")], check=True, env=os.environ)
+    recipe = replace(RECIPE, optimizer=optimizer, tokens=8 * RECIPE.batch_tokens)
+    alone = losses(Trainer(recipe, corpus, tmp_path / "alone"), 8)
+    assert read_losses(tmp_path / "run") == pytest.approx(alone, abs=2e-4)
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_settings_that_make_no_sense_are_refused(corpus: Corpus, tmp_path) -> None:
+    with pytest.raises(ValueError, match="sharding 'zero'"):
+        Trainer(RECIPE, corpus, tmp_path, sharding="zero")
+    with pytest.raises(ValueError, match="precision 'int8'"):
+        Trainer(replace(RECIPE, precision="int8"), corpus, tmp_path)
+    with pytest.raises(ValueError, match="'bass'.*base"):
+        get_recipe("bass")
+
+
+def test_every_recipe_can_be_read() -> None:
+    assert "base" in recipe_names()
+    for name in recipe_names():
+        assert get_recipe(name).name == name
+
+
+# ---- settings that a curve does not show
+
+
+def test_large_gradients_are_clipped(corpus: Corpus, tmp_path) -> None:
+    """After a step the gradients that the optimizer saw have norm `clip`, though the loss asked for more."""
+    seen: list[float] = []
+    trainer = Trainer(replace(RECIPE, clip=1e-3), corpus, tmp_path)
+
+    def note(*_: object) -> None:
+        squares = [p.grad.square().sum() for p in trainer.model.parameters() if p.grad is not None]
+        seen.append(float(torch.stack(squares).sum().sqrt()))
+
+    trainer.optimizers[0].register_step_pre_hook(note)
+    assert trainer.train_step()["grad_norm"] > 0.1
+    assert seen[0] == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_only_layer_matrices_decay(optimizer: str) -> None:
+    model = MiniCPM(CONFIG).init_weights()
+    optimizers = build_optimizers(model, CONFIG, optimizer, lr=0.01, matrix_lr=0.02, weight_decay=0.1)
+    decay = {id(p): g["weight_decay"] for o in optimizers for g in o.param_groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        expected = 0.1 if parameter.ndim == 2 and ".layers." in name else 0.0
+        assert decay[id(parameter)] == expected, name

@@ -20,6 +20,7 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +89,13 @@ def _explain(operation: str, kind: str, wanted: str) -> Choice:
     if backend == "torch":
         return Choice(operation, kind, backend, f"no kernels for {kind} devices")
     return Choice(operation, kind, backend, f"{backend} {_version(backend)} on a {kind} device")
+
+
+def compiled_engine() -> ModuleType:
+    """The package of the compiled CPU engine. Raises RuntimeError where numba or the kernels are not installed."""
+    if _version("numba") is None:
+        raise RuntimeError("the compiled engine needs numba: pip install 'minicpm_ref[kernels]'")
+    return importlib.import_module("minicpm_kernels.engine")
 
 
 def describe() -> list[Choice]:

@@ -13,6 +13,7 @@ Kernels:
 - `lowbit`   BitCPM: `ternary_triton`, `ternary_triton_int8` multiply packed ternary weights with floats, or with
   activations rounded to int8, on a GPU; the former's assembly is in `_ternary_triton_asm`. `ternary_cpu` is the same on
   a CPU, in int8; its machine code is put together in `_ternary_cpu_codegen`
+- `engine`   CPM.cu on a CPU: a whole decode step as one compiled function; `decoder` is what an executor uses
 
 What they rest on:
 

@@ -28,6 +28,9 @@ TOURS = {"00_start_here"}
 # modules of minicpm_kernels that hold no kernel
 SUPPORT = {"registry", "testing", "aot", "checks", "cpu_threads", "sparse.arguments", "sparse.windows"}
 
+# rooms that are one program instead of twins of functions; its executor is held to the reference decoder
+PROGRAMS = {"engine"}
+
 
 def kernel_functions() -> set[tuple[str, str]]:
     """(public function, module) for everything in `minicpm_kernels` that is not support code, a jitted kernel or a part
@@ -37,6 +40,8 @@ def kernel_functions() -> set[tuple[str, str]]:
     package = ROOT / "kernels" / "minicpm_kernels"
     for path in sorted(package.rglob("*.py")):
         module = ".".join(path.relative_to(package.parent).with_suffix("").parts)
+        if module.split(".")[1] in PROGRAMS:
+            continue
         if path.stem.startswith("_") or module in parts or module.partition(".")[2] in SUPPORT:
             continue
         for node in ast.parse(path.read_text(encoding="utf-8")).body:

@@ -296,3 +296,18 @@ PRESETS = {
     "embedded": "weights/base/config.json",
 }
 """Named configurations, as files of this package; "embedded" is the model whose weights are inside it."""
+
+
+def next_border(config: ModelConfig, length: int) -> int | None:
+    """The longest that a sequence of `length` tokens can become without another kind of attention or of angles (None:
+    it never changes). A verification of drafts that would go past it must be cut there.
+
+    >>> next_border(config, 500)  # config.sparse_config.dense_len == 512
+    511
+    """
+    borders = []
+    if config.sparse_config is not None:
+        borders.append(config.sparse_config.dense_len - 1)
+    if config.rope_scaling is not None:
+        borders.append(config.rope_scaling.original_max_position_embeddings)
+    return min((border for border in borders if border > length), default=None)

@@ -19,7 +19,8 @@ What an executor promises:
 - **Dense or sparse, short or long angles.** A model with `sparse_config` attends densely in a sequence of fewer than
   `dense_len` tokens and sparsely from there on; LongRoPE has another list of angles beyond its original length. What
   counts for a prompt is its *final* length, which its first chunk cannot know: `final_length` says it. For a token that
-  is decoded it is the position plus one, and so it must be for one that is verified: drafts stop before `next_border`.
+  is decoded it is the position plus one, and so it must be for one that is verified: drafts stop before
+  `config.next_border`.
 - **One thread.** An executor is called by one thread at a time; the engine sees to that.
 
 The reference implementation of the protocol is `torch_executor.TorchExecutor`.
@@ -107,21 +108,6 @@ def depths(parents: Sequence[int]) -> list[int]:
             raise ValueError(f"parents[{node}] = {parent}: expected -1 (the row's last token) or an earlier token")
         found.append(0 if parent < 0 else found[parent] + 1)
     return found
-
-
-def next_border(config: ModelConfig, length: int) -> int | None:
-    """The longest that a sequence of `length` tokens can become without another kind of attention or of angles (None:
-    it never changes). A `verify` that would go past it must be cut there.
-
-    >>> next_border(config, 500)  # config.sparse_config.dense_len == 512
-    511
-    """
-    borders = []
-    if config.sparse_config is not None:
-        borders.append(config.sparse_config.dense_len - 1)
-    if config.rope_scaling is not None:
-        borders.append(config.rope_scaling.original_max_position_embeddings)
-    return min((border for border in borders if border > length), default=None)
 
 
 def check_tokens(executor: Executor, row: int, ids: Sequence[int], length: int) -> None:

@@ -11,8 +11,8 @@ import torch
 from fresh import fresh_model
 
 from minicpm_ref.checkpoint import load
-from minicpm_ref.config import LongRope, ModelConfig, SparseConfig
-from minicpm_ref.engine.executor import depths, next_border
+from minicpm_ref.config import LongRope, ModelConfig, SparseConfig, next_border
+from minicpm_ref.engine.executor import depths
 from minicpm_ref.engine.torch_executor import TorchExecutor
 from minicpm_ref.model import MiniCPM
 

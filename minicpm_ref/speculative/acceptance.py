@@ -118,9 +118,7 @@ def accept_onehot(
     return match_path(lambda node: draw(law[node], float(uniforms[node])), tokens, parent)
 
 
-def accept_sampled_chain(
-    p: ArrayLike, q: ArrayLike, y: Sequence[int], uniforms: Sequence[float] | Array
-) -> Acceptance:
+def accept_sampled_chain(p: ArrayLike, q: ArrayLike, y: Sequence[int], uniforms: Sequence[float] | Array) -> Acceptance:
     """Accept from a chain of drafts y_i that were drawn from q_i.
 
     p [g + 1, V]: the target's law before each draft and after the last. q [g, V]: the law each draft was drawn from,

@@ -84,9 +84,7 @@ def test_distillation_starts_where_qat_ended_and_mixes_two_losses(corpus: Corpus
 
 
 def test_distillation_without_the_run_before_it_is_refused(parent: Path, tmp_path) -> None:
-    recipe = DistillationRecipe(
-        "tiny", CONFIG, parent=str(parent), group_size=32, start=str(tmp_path), **SETTINGS
-    )
+    recipe = DistillationRecipe("tiny", CONFIG, parent=str(parent), group_size=32, start=str(tmp_path), **SETTINGS)
     with pytest.raises(FileNotFoundError, match="expected the folder of a training run"):
         recipe.build_model()
 

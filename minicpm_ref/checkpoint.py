@@ -23,6 +23,7 @@ from minicpm_ref.config import ModelConfig
 from minicpm_ref.files import replacing_all, write_text
 from minicpm_ref.formats.folder import EMBEDDING, INDEX, OUTPUT, SINGLE, count_layers, read_tensors
 from minicpm_ref.lowbit.layers import install_ternary, ternary_state
+from minicpm_ref.machine import usable_device
 from minicpm_ref.model import MiniCPM
 from minicpm_ref.published import read_json, token_ids
 from minicpm_ref.tokenizer import Tokenizer
@@ -61,6 +62,7 @@ def load(
 
     Raises FileNotFoundError or ValueError naming the file and the tensor or key that is wrong.
     """
+    device = usable_device(device)
     if source is None:
         source = os.environ.get(WEIGHTS_VARIABLE) or None
     if source is None:

@@ -6,6 +6,7 @@ Python.
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,10 @@ import typer
 from rich.console import Console
 
 from minicpm_ref.config import PRESETS, ModelConfig
-from minicpm_ref.tokenizer import stream_text
+from minicpm_ref.files import read_text
+from minicpm_ref.machine import usable_device
+from minicpm_ref.terminal import accept_any_text, show
+from minicpm_ref.tokenizer import Tokenizer, stream_text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,7 +28,7 @@ app = typer.Typer(
     help="MiniCPM4.1 from scratch: run it, measure it, train it. Start with [bold]minicpm-ref tour[/bold].",
     rich_markup_mode="rich",
 )
-console = Console()
+console = Console(emoji=False)
 
 Source = Annotated[
     str | None,
@@ -37,7 +41,10 @@ Prompt = Annotated[
     str | None,
     typer.Option(help="Text to continue. End without a line break: one token holds a break and an indentation."),
 ]
-PromptFile = Annotated[Path | None, typer.Option(help="File whose text is continued; of a long one, the end.")]
+PromptFile = Annotated[Path | None, typer.Option(help="UTF-8 file whose text is continued; of a long one, the end.")]
+Escapes = Annotated[
+    bool, typer.Option("--escapes", help=r"Read \n, \t and \\ in --prompt as line break, tab and backslash.")
+]
 DEFAULT_PROMPT = "import os\nimport sys\n\n\nclass Reader:\n    def __init__(self, path):"
 
 
@@ -45,6 +52,7 @@ DEFAULT_PROMPT = "import os\nimport sys\n\n\nclass Reader:\n    def __init__(sel
 def tour(
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
+    escapes: Escapes = False,
     weights: Source = None,
     device: Device = "cpu",
     out: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("tour.png"),
@@ -52,13 +60,14 @@ def tour(
     """Load real weights, continue a text, and measure everything that exists so far. Takes under two minutes."""
     from minicpm_ref.tour import run_tour
 
-    run_tour(console, read_prompt(prompt, prompt_file), weights, device, out)
+    run_tour(console, read_prompt(prompt, prompt_file, escapes), weights, device, out)
 
 
 @app.command()
 def generate(
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
+    escapes: Escapes = False,
     weights: Source = None,
     variant: Annotated[str, typer.Option(help="Which of the embedded weights.")] = "base",
     device: Device = "cpu",
@@ -72,22 +81,28 @@ def generate(
     ] = False,
     think: Annotated[bool, typer.Option(help="With --chat: let the model reason before it answers.")] = True,
 ) -> None:
-    """Continue a text and stream it to the terminal."""
+    """Continue a text and stream it to the terminal. A prompt that does not fit the model's context loses its
+    beginning, a conversation is refused; writing ends where the context does."""
     from minicpm_ref import checkpoint, sampling
 
+    text = read_prompt(prompt, prompt_file, escapes)
+    params = sampling.SamplingParams(temperature, top_k, top_p, seed=seed)
     model, tokenizer = checkpoint.load(weights, device, variant=variant)
     if tokenizer is None:
         raise ValueError(f"{weights}: no tokenizer.json in the folder, so a text cannot be encoded")
-    text = read_prompt(prompt, prompt_file)
+    context = model.config.max_position_embeddings
+    room = context - min(max_new_tokens, context // 2)  # for the prompt
     if chat:
         ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], enable_thinking=think)
+        if len(ids) > room:
+            raise ValueError(f"the conversation has {len(ids)} tokens: expected at most {room} of {context}")
     else:
-        ids = tokenizer.encode(text)
-        console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
-    params = sampling.SamplingParams(temperature, top_k, top_p, seed=seed)
-    tokens = sampling.generate(model, torch.tensor([ids], device=device), max_new_tokens, params, tokenizer.eos_ids)
-    for piece in stream_text(tokenizer, tokens):
-        console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        ids, text = fit_prompt(tokenizer, text, room)
+        show(console, text)
+    length = min(max_new_tokens, context - len(ids))
+    tokens = sampling.generate(model, torch.tensor([ids], device=device), length, params, tokenizer.eos_ids)
+    for piece in stream_text(tokenizer, tokens, continues=not chat):
+        show(console, piece)
     console.print()
 
 
@@ -109,14 +124,14 @@ def evaluate(
     if tokenizer is None:
         raise ValueError(f"{weights}: no tokenizer.json in the folder, so a text cannot be encoded")
     if files:
-        groups = {str(path): [path.read_text("utf-8")] for path in files}
+        groups = {str(path): [read_text(path)] for path in files}
     else:
         documents = data.read_held_out(checkpoint.EMBEDDED / "held_out.jsonl")
         groups = {
             name: [d.text for d in documents if d.group == name] for name in dict.fromkeys(d.group for d in documents)
         }
     for name, texts in groups.items():
-        console.print(f"{bits_per_byte(model, tokenizer, texts, context):.3f} bits per byte  {name}")
+        show(console, f"{bits_per_byte(model, tokenizer, texts, context):.3f} bits per byte  {name}\n")
 
 
 @app.command()
@@ -147,7 +162,6 @@ def data(
 
     from minicpm_ref import checkpoint
     from minicpm_ref.data import build_corpus, find_roots
-    from minicpm_ref.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(checkpoint.EMBEDDED / "base" / "tokenizer.json") if reuse_tokenizer else None
     roots = find_roots(groups.split(",") if groups else None)
@@ -158,9 +172,8 @@ def data(
         sizes = [f"{corpus.manifest['bytes'].get(f'{group}/{split}', 0) / 1e6:.2f}" for split in ("train", "held_out")]
         table.add_row(group, licence, str(count), *sizes)
     console.print(table)
-    console.print(
-        f"{corpus.manifest['train_tokens']:,} training tokens, manifest {corpus.manifest_sha256[:16]}, in {out}/"
-    )
+    tokens = f"{corpus.manifest['train_tokens']:,} training tokens"
+    show(console, f"{tokens}, manifest {corpus.manifest_sha256[:16]}, in {out}/\n")
 
 
 @app.command()
@@ -180,23 +193,42 @@ def train(
     """Train by a recipe. Ctrl-C stops cleanly after the step; the same command goes on exactly there."""
     from minicpm_ref.train import run
 
+    usable_device(device)
     run(recipe, corpus, out or Path("runs") / recipe, tokens, seed, device, sharding)
 
 
-def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    """The text to continue, from whichever option was given."""
+def read_prompt(prompt: str | None, prompt_file: Path | None, escapes: bool = False) -> str:
+    """The text to continue, from whichever option was given, as it is unless `escapes` are asked for."""
     if prompt is not None and prompt_file is not None:
         raise ValueError("--prompt and --prompt-file were both given; expected one")
-    text = prompt_file.read_text("utf-8") if prompt_file else prompt if prompt is not None else DEFAULT_PROMPT
-    return text.replace("\\n", "\n") if prompt is not None else text
+    if prompt_file is not None:
+        return read_text(prompt_file)
+    if prompt is None:
+        return DEFAULT_PROMPT
+    meanings = {"n": "\n", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nt\\])", lambda found: meanings[found[1]], prompt) if escapes else prompt
+
+
+def fit_prompt(tokenizer: Tokenizer, text: str, room: int) -> tuple[list[int], str]:
+    """At most `room` ids, the start token among them, of the end of `text`; and the text they stand for."""
+    ids = tokenizer.encode(text)
+    if len(ids) <= room:
+        return ids, text
+    start = ids[:1] if tokenizer.add_bos else []
+    kept = ids[len(ids) - room + len(start) :]
+    Console(stderr=True).print(f"the prompt has {len(ids)} tokens: only the last {len(kept)} are read")
+    return [*start, *kept], tokenizer.decode(kept, continues=True)
 
 
 def main() -> None:
     """Entry point: errors in one line that says what to do, a quiet Ctrl-C."""
+    accept_any_text()
     try:
         app()  # exits by itself, also on Ctrl-C
     except (ValueError, RuntimeError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        errors = Console(stderr=True)
+        show(errors, "error:", style="red")
+        show(errors, " " + " ".join(str(error).split("\n")) + "\n")
         sys.exit(2)
 
 

@@ -1,4 +1,4 @@
-"""Atomic writes: a file is there in full or not at all, whatever interrupts the program."""
+"""Files: written atomically (in full or not at all, whatever interrupts the program), read in a stated encoding."""
 
 from __future__ import annotations
 
@@ -36,3 +36,18 @@ def write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, "utf-8", newline="\n")
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, line ends as they are, without a byte-order mark.
+
+    Raises ValueError naming the file and the place for another encoding.
+    """
+    content = Path(path).read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 (byte 0x{content[error.start]:02X} at {error.start}); convert it first, "
+            f"for example with: iconv -f latin1 -t utf-8"
+        ) from error

@@ -22,6 +22,17 @@ def machine(device: torch.device) -> dict[str, str]:
     }
 
 
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of that name. Raises ValueError when this machine, or this build of torch, does not have it."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no one way to say it
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"device {str(name)!r} cannot be used here ({reason}); 'cpu' always can") from error
+    return device
+
+
 def cpu_name() -> str:
     """The processor's name, from the system where Python does not know it."""
     try:

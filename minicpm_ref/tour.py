@@ -7,6 +7,7 @@ comparable with each other; bits per byte is measured on the same held-out text 
 from __future__ import annotations
 
 import importlib.util
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import track
 from rich.table import Table
@@ -29,6 +31,7 @@ from minicpm_ref.evaluate import bits_per_byte
 from minicpm_ref.machine import machine, read_bandwidth
 from minicpm_ref.model import MiniCPM
 from minicpm_ref.sampling import SamplingParams, generate
+from minicpm_ref.terminal import show
 from minicpm_ref.tokenizer import Tokenizer, stream_text
 
 PREFILL, DECODE = 512, 32  # tokens of the timed prompt and of the timed continuation
@@ -51,6 +54,7 @@ class Row:
 def run_tour(console: Console, prompt: str, weights: str | None, device: str, out: Path) -> list[Row]:
     """Stream a completion of `prompt`, measure every variant and decoder, write the picture `out`; returns the table's
     rows."""
+    check_picture(out)
     model, tokenizer = load(weights, device)
     if tokenizer is None:
         raise ValueError(f"{weights}: no tokenizer.json in the folder, so a text cannot be encoded")
@@ -82,7 +86,8 @@ def run_tour(console: Console, prompt: str, weights: str | None, device: str, ou
 def describe(model: MiniCPM, weights: str | None, device: str) -> Panel:
     """What was loaded, in three lines."""
     c = model.config
-    source = weights or "the weights inside this package, trained by its own recipe on Python source"
+    own = "the weights inside this package, trained by its own recipe on Python source"
+    source = escape(weights) if weights else own
     lines = [
         f"[bold]{c.num_parameters():,} parameters[/bold] from {source}",
         f"{c.num_hidden_layers} layers, width {c.hidden_size}, {c.num_attention_heads} query heads on "
@@ -95,15 +100,14 @@ def describe(model: MiniCPM, weights: str | None, device: str) -> Panel:
 def stream(console: Console, model: MiniCPM, tokenizer: Tokenizer, prompt: str, tokens: int = 120) -> None:
     """Print `prompt` and a seeded completion, token by token; of a long prompt only the end is used and shown."""
     ids = tokenizer.encode(prompt, add_bos=False)[-PREFILL:]
-    shown = tokenizer.decode(ids)
     console.rule("a completion: yours first, then the model's")
-    console.print(shown, style="dim", end="", markup=False, highlight=False, soft_wrap=True)
+    show(console, tokenizer.decode(ids), style="dim")
     params = SamplingParams(temperature=0.6, top_k=40, seed=0)
     new = generate(
         model, torch.tensor([[tokenizer.bos_id, *ids]], device=model.device), tokens, params, tokenizer.eos_ids
     )
-    for piece in stream_text(tokenizer, new):
-        console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+    for piece in stream_text(tokenizer, new, continues=True):
+        show(console, piece)
     console.print()
     console.rule()
 
@@ -235,7 +239,7 @@ def table(rows: list[Row]) -> Table:
 def draw(curves: dict[str, list[float]], rows: list[Row], device: str, console: Console, out: Path) -> None:
     """Write the picture of the tour, if matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        console.print("no picture: matplotlib is not installed (pip install 'minicpm_ref[notebooks]')")
+        show(console, "no picture: matplotlib is not installed (pip install 'minicpm_ref[figures]')\n")
         return
     from matplotlib.figure import Figure
 
@@ -255,13 +259,28 @@ def draw(curves: dict[str, list[float]], rows: list[Row], device: str, console: 
         right.set(xlabel="tokens/s", title="Decode speed")
         figure.suptitle(f"measured on {device}", fontsize="small")
         figure.savefig(out, dpi=150)
-    console.print(f"wrote {out}")
+    show(console, f"wrote {out}\n")
+
+
+def check_picture(out: Path) -> None:
+    """Raise, before anything is measured, FileNotFoundError or ValueError if the picture could not be written there."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return  # there will be none
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if out.suffix.lower().removeprefix(".") not in kinds:
+        raise ValueError(f"{out}: cannot write a picture of this kind; expected one of {', '.join(kinds)}")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: the folder {out.parent} does not exist")
+    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise PermissionError(f"{out}: cannot be written")
 
 
 def show_info(console: Console, config: ModelConfig, name: str, bandwidth: float | None) -> None:
     """Print the machine, what runs where and why, and the arithmetic of `config`."""
     for key, value in machine(torch.device("cpu")).items():
-        console.print(f"{key:>8}: {value}", highlight=False)
+        show(console, f"{key:>8}: {value}\n")
     choices = Table("operation", "device", "runs on", "because", title="kernels")
     for choice in backend.describe():
         choices.add_row(*choice)
@@ -269,7 +288,7 @@ def show_info(console: Console, config: ModelConfig, name: str, bandwidth: float
     measured = bandwidth is None
     speed = bandwidth or read_bandwidth() / 1e9
     console.print(
-        f"[bold]{name}[/bold]: {config.num_parameters():,} parameters "
+        f"[bold]{escape(name)}[/bold]: {config.num_parameters():,} parameters "
         f"({config.num_parameters(embeddings=False):,} without embeddings).\n"
         f"Decoding at batch 1 reads every weight and the cache once a token, so at {speed:.1f} GB/s "
         f"({'measured here, the best of five passes over 256 MB' if measured else 'as given'}) "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import re
 import signal
 import subprocess
@@ -13,9 +14,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from minicpm_ref import tour
+from minicpm_ref import sampling, tour
 from minicpm_ref.checkpoint import load, variants
 from minicpm_ref.cli import app, main
+from minicpm_ref.terminal import accept_any_text, show
 from minicpm_ref.tokenizer import stream_text
 
 runner = CliRunner()
@@ -33,7 +35,7 @@ def test_help_teaches_every_command() -> None:
 
 
 def test_generate_continues_the_prompt_and_repeats_with_the_seed() -> None:
-    arguments = ["generate", "--prompt", "def add(a, b):\\n", "--max-new-tokens", "12", "--seed", "3"]
+    arguments = ["generate", "--prompt", "def add(a, b):\n", "--max-new-tokens", "12", "--seed", "3"]
     first, second = runner.invoke(app, arguments), runner.invoke(app, arguments)
     assert first.exit_code == 0
     assert first.output == second.output
@@ -46,6 +48,51 @@ def test_generate_reads_a_file(tmp_path) -> None:
     path.write_text("# 你好 [bold]\nimport os\n", "utf-8")
     result = runner.invoke(app, ["generate", "--prompt-file", str(path), "--max-new-tokens", "2"])
     assert result.output.startswith("# 你好 [bold]\nimport os\n")  # shown as it is, not as terminal markup
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x = a[:100:2]", "d = {k:book:v}", "def f():\n\treturn 1", "a = 1\n\x0cb = 2\x07", "x = [red]y[/red]", "a\r\nb"],
+)
+def test_text_is_printed_as_it_is(tmp_path, text: str) -> None:
+    path = tmp_path / "prompt.py"
+    path.write_text(text, "utf-8", newline="")
+    result = runner.invoke(app, ["generate", "--prompt-file", str(path), "--max-new-tokens", "1", "--temperature", "0"])
+    assert result.stdout_bytes.decode().startswith(text)
+    escaped = ["generate", "--prompt", r'print("a\nb")', "--max-new-tokens", "1", "--temperature", "0"]
+    assert runner.invoke(app, escaped).output.startswith(r'print("a\nb")')
+    assert runner.invoke(app, [*escaped, "--escapes"]).output.startswith('print("a\nb")')
+
+
+def test_what_a_stream_cannot_spell_is_escaped_and_nothing_fails() -> None:
+    with io.TextIOWrapper(io.BytesIO(), encoding="ascii") as stream, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        accept_any_text()
+        show(Console(), "x = '你🙂\t[red]:100:'\n")
+        assert stream.buffer.getvalue() == b"x = '\\u4f60\\U0001f642\t[red]:100:'\n"
+
+
+def test_a_long_prompt_loses_its_beginning_and_a_long_conversation_is_refused(tmp_path, monkeypatch, capsys) -> None:
+    fed = []
+    monkeypatch.setattr(sampling, "generate", lambda model, ids, length, *rest: fed.append((ids, length)) or iter(()))
+    model, tokenizer = load()
+    assert tokenizer is not None
+    limit = model.config.max_position_embeddings
+    (tmp_path / "long.py").write_text("x = 1\n" * limit + "the_end")
+    arguments = ["generate", "--prompt-file", str(tmp_path / "long.py"), "--max-new-tokens"]
+    result = runner.invoke(app, [*arguments, "100"])
+    ids, length = fed.pop()
+    assert (ids.shape[1], length) == (limit - 100, 100)
+    assert ids[0, 0] == tokenizer.bos_id
+    assert tokenizer.decode(ids[0].tolist()).endswith("\nthe_end")
+    assert f"only the last {limit - 101} are read" in result.stderr
+    runner.invoke(app, [*arguments, "1000000"])
+    ids, length = fed.pop()
+    assert ids.shape[1] + length == limit
+    monkeypatch.setattr(sys, "argv", ["minicpm-ref", *arguments, "100", "--chat"])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"expected at most {limit - 100} of {limit}" in capsys.readouterr().err
 
 
 def test_eval_measures_a_file_and_the_embedded_sample(tmp_path) -> None:
@@ -76,14 +123,29 @@ def test_info_predicts_from_a_bandwidth() -> None:
         (["train", "--corpus", "nowhere"], "minicpm-ref data"),
         (["info", "nowhere.json"], "nowhere.json: no such file"),
         (["generate", "--temperature", "-1"], "temperature = -1.0"),
+        (["info", "x[/b].json"], "x[/b].json: no such file"),
+        (["info", "[new]/:100:.json"], "[new]/:100:.json: no such file"),
+        (["generate", "--prompt-file", "latin1.txt"], "latin1.txt: not UTF-8 (byte 0xE9 at 5)"),
+        (["eval", "latin1.txt"], "latin1.txt: not UTF-8"),
+        (["generate", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+        (["eval", "--device", "warp"], "device 'warp' cannot be used here"),
+        (["train", "--device", "warp"], "device 'warp' cannot be used here"),
+        (["tour", "--out", "nofolder/tour.png"], "nofolder/tour.png: the folder nofolder does not exist"),
+        (["tour", "--out", "tour.xyz"], "tour.xyz: cannot write a picture of this kind"),
     ],
 )
-def test_errors_are_one_line_that_names_the_value(arguments: list[str], message: str, monkeypatch, capsys) -> None:
+def test_errors_are_one_line_that_names_the_value(
+    arguments: list[str], message: str, monkeypatch, capsys, tmp_path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin1.txt").write_bytes(b"# caf\xe9\n")
     monkeypatch.setattr(sys, "argv", ["minicpm-ref", *arguments])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.count("\n") == 1
 
 
 def test_an_unknown_option_is_explained() -> None:

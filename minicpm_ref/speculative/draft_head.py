@@ -68,10 +68,17 @@ class DraftHeadConfig:
         cls, target: ModelConfig, draft_vocab_size: int | None = None, layers: tuple[int, ...] | None = None
     ) -> DraftHeadConfig:
         """A head as wide as `target`, with a layer like the target's."""
-        decoder = dataclasses.replace(
-            target, num_hidden_layers=1, scale_emb=1.0, scale_depth=1.0, dim_model_base=target.hidden_size,
-            tie_word_embeddings=False, sparse_config=None,
-        )  # fmt: skip
+        sizes = ["vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size"]
+        sizes += ["max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "head_dim"]
+        one_llama_layer: dict[str, Any] = {
+            "num_hidden_layers": 1,
+            "scale_emb": 1.0,
+            "scale_depth": 1.0,
+            "initializer_range": 0.02,
+        }
+        decoder = ModelConfig(
+            **{name: getattr(target, name) for name in sizes}, **one_llama_layer, dim_model_base=target.hidden_size
+        )
         return cls(
             decoder,
             target.vocab_size if draft_vocab_size is None else draft_vocab_size,

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from minicpm_ref.data import Corpus
-from minicpm_ref.training import Recipe, Trainer, keep_freed_memory
-from minicpm_ref.training.recipes import get_recipe
+from minicpm_ref.training import Recipe, keep_freed_memory
+from minicpm_ref.training.recipes import get_recipe, get_trainer
 
 
 def run(
@@ -24,4 +24,4 @@ def run(
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device == "cpu":
         keep_freed_memory()  # this process trains and ends
-    Trainer(recipe, Corpus(corpus), folder, device, sharding).run()
+    get_trainer(name)(recipe, Corpus(corpus), folder, device, sharding).run()

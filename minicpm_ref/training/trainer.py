@@ -102,7 +102,7 @@ class Trainer:
             self._check_same_vocabulary(recipe.parent)
         if self.parts > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.model: nn.Module = recipe.build_model().to(self.device, torch.float32)
+        self.model: nn.Module = self._build_model().to(self.device, torch.float32)
         if self.parts > 1 and sharding == "fsdp":
             if recipe.optimizer == "muon":
                 raise ValueError(
@@ -111,14 +111,21 @@ class Trainer:
             self._shard()
         elif self.parts > 1:
             self.model = nn.parallel.DistributedDataParallel(self.model)
-        self.optimizers = build_optimizers(
-            self.model, recipe.config, recipe.optimizer, recipe.lr, recipe.matrix_lr, recipe.weight_decay
-        )
+        self.optimizers = self._build_optimizers()
         self.step = 0
         self.seconds = 0.0
         self._stop = False
         if (self.folder / "state.safetensors").exists():
             self._load_state()
+
+    def _build_model(self) -> nn.Module:
+        return self.recipe.build_model()
+
+    def _build_optimizers(self) -> list[torch.optim.Optimizer]:
+        recipe = self.recipe
+        return build_optimizers(
+            self.model, recipe.config, recipe.optimizer, recipe.lr, recipe.matrix_lr, recipe.weight_decay
+        )
 
     def _check_same_vocabulary(self, parent: str) -> None:
         """Under another vocabulary the parent's embedding means nothing, and training would not say so."""

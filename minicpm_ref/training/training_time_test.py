@@ -20,16 +20,51 @@ Sources: EAGLE-3, arXiv 2503.01840; the masks of SafeAILab/EAGLE after the corre
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minicpm_ref.model import MiniCPM
-from minicpm_ref.speculative.draft_head import DraftHead, Memory
+from minicpm_ref.model import DecoderLayer, MiniCPM
+from minicpm_ref.speculative.draft_head import DraftHead, DraftHeadConfig, Memory
+from minicpm_ref.speculative.vocabulary import offsets
 
 STEP_DECAY = 0.8  # weight of a step's loss relative to the step before
+
+
+def fresh_head(target: MiniCPM, kept: Tensor, layers: tuple[int, ...], seed: int = 0) -> DraftHead:
+    """An untrained head for `target` that can say the tokens `kept`, built from the target's last layer.
+
+    Its output matrix and final norm are the target's, `fc` passes the highest stream on, and the layer is the target's
+    last one, which does not yet look at the embedding half of its input: small random numbers stand there. This head
+    already speaks the target's language; starting from random numbers in every place costs most of a short run.
+    """
+    head = DraftHead(DraftHeadConfig.for_target(target.config, len(kept), layers), target.model.embed_tokens.weight)
+    generator = torch.Generator().manual_seed(seed)
+    last = cast(DecoderLayer, target.model.layers[-1])
+    width, own = target.config.hidden_size, head.midlayer
+    with torch.no_grad():
+        for parameter in head.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        head.d2t.copy_(offsets(kept))
+        output = target.model.embed_tokens if target.config.tie_word_embeddings else target.lm_head
+        head.lm_head.weight.copy_(output.weight[kept] / target.config.logit_divisor)
+        head.norm.weight.copy_(target.model.norm.weight)
+        head.fc.weight[:, -width:] += torch.eye(width)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            mine, theirs = (
+                cast(nn.Linear, attention.get_submodule(name)) for attention in (own.self_attn, last.self_attn)
+            )
+            mine.weight[:, width:] = theirs.weight
+        # the head's layer has no residual multiplier: it goes into the matrices that write to the residual
+        own.self_attn.o_proj.weight.copy_(last.self_attn.o_proj.weight * last.residual_scale)
+        own.mlp.load_state_dict(last.mlp.state_dict())
+        own.mlp.down_proj.weight.mul_(last.residual_scale)
+        own.hidden_norm.load_state_dict(last.input_layernorm.state_dict())
+        own.post_attention_layernorm.load_state_dict(last.post_attention_layernorm.state_dict())
+    return head
 
 
 class StepResult(NamedTuple):
@@ -50,8 +85,9 @@ class TrainingTimeTest(nn.Module):
         self.head, self.steps = head, steps
         self._target = [target.requires_grad_(False).eval()]  # in a list: its weights are not this module's
 
-    def forward(self, ids: Tensor, written: Tensor) -> StepResult:
-        """ids [B, T]: texts. written [B, T] (bool): the tokens that the target wrote, which are what is learned."""
+    def forward(self, ids: Tensor, written: Tensor, steps: int | None = None) -> StepResult:
+        """ids [B, T]: texts. written [B, T] (bool): the tokens that the target wrote, which are what is learned.
+        `steps`: how many steps to unroll, None for all."""
         target, head = self._target[0], self.head
         with torch.no_grad():
             states = target.hidden_states(ids)
@@ -63,7 +99,7 @@ class TrainingTimeTest(nn.Module):
             share = (teacher - whole).exp()  # the target's probabilities of the head's tokens, [B, T, Vd]
             teacher = teacher.softmax(-1)
         losses, acceptance = [], []
-        for step, logits in enumerate(self.unroll(ids, features)):
+        for step, logits in enumerate(self.unroll(ids, features, steps)):
             log_q = logits.float().log_softmax(-1)  # [B, T - 1, Vd]: row t guesses token t + 2 + step,
             after = 1 + step  # and what the target says of that stands at token t + 1 + step
             asked = _ahead(written, after + 1)  # rows whose guessed token the target wrote
@@ -74,13 +110,13 @@ class TrainingTimeTest(nn.Module):
                 acceptance.append((passed * asked).sum() / asked.sum().clamp(min=1))
         return StepResult(torch.stack(losses), torch.stack(acceptance))
 
-    def unroll(self, ids: Tensor, features: Tensor) -> list[Tensor]:
+    def unroll(self, ids: Tensor, features: Tensor, steps: int | None = None) -> list[Tensor]:
         """Draft logits [B, T - 1, Vd] of every step; features [B, T, 3C] of the target."""
         head, rows = self.head, ids.shape[1] - 1
         past: list[Memory] = []
         out = []
         state = features[:, :rows]
-        for step in range(self.steps):
+        for step in range(self.steps if steps is None else steps):
             tokens = _ahead(ids, 1 + step)  # teacher-forced, zeros where the text has ended
             inputs, residual = head.inputs(tokens, state)
             positions = torch.arange(rows, device=ids.device) + step
@@ -112,4 +148,3 @@ def _ahead(x: Tensor, by: int) -> Tensor:
     moved = x[:, by : by + x.shape[1] - 1]
     missing = x.shape[1] - 1 - moved.shape[1]
     return moved if missing == 0 else F.pad(moved, (0, 0) * (x.ndim - 2) + (0, missing))
-

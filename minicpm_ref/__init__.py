@@ -10,6 +10,7 @@ Everything else is one import deeper, in the file that the design names after it
 from minicpm_ref.cache import KVCache
 from minicpm_ref.checkpoint import load, save
 from minicpm_ref.config import ModelConfig, SparseConfig
+from minicpm_ref.engine import Engine
 from minicpm_ref.evaluate import bits_per_byte
 from minicpm_ref.model import MiniCPM
 from minicpm_ref.sampling import SamplingParams, generate
@@ -17,6 +18,7 @@ from minicpm_ref.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 __all__ = [
+    "Engine",
     "KVCache",
     "MiniCPM",
     "ModelConfig",

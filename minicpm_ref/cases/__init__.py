@@ -29,7 +29,6 @@ from minicpm_ref.cases.decoder import (
     CausalAttentionCase,
     RopeFrequenciesCase,
 )
-from minicpm_ref.cases.duplicates import CANDIDATE_PROBABILITY, CandidateProbabilityCase
 from minicpm_ref.cases.norm import ADD_RMS_NORM, RMS_NORM, AddNormCase, NormCase
 from minicpm_ref.cases.quality import BLOCK_MASS, WINDOW_ONLY, BlockMassCase, WindowOnlyCase
 from minicpm_ref.cases.sampling import PROCESS_LOGITS, ProcessLogitsCase
@@ -92,7 +91,6 @@ TABLES: dict[str, Sequence[Case]] = {
     "select_blocks": SELECT_BLOCKS,
     "sparse_attention": SPARSE_ATTENTION,
     "sparse_tree_attention": SPARSE_TREE_ATTENTION,
-    "candidate_probability": CANDIDATE_PROBABILITY,
     "window_only": WINDOW_ONLY,
     "block_mass": BLOCK_MASS,
     "quantize": QUANTIZE,
@@ -113,7 +111,6 @@ __all__ = [
     "APPLY_ROPE",
     "BITS_PER_BYTE",
     "BLOCK_MASS",
-    "CANDIDATE_PROBABILITY",
     "CAUSAL_ATTENTION",
     "COMPRESS_KEYS",
     "DEQUANTIZE",
@@ -137,7 +134,6 @@ __all__ = [
     "ApplyRopeCase",
     "BitsPerByteCase",
     "BlockMassCase",
-    "CandidateProbabilityCase",
     "Case",
     "CausalAttentionCase",
     "CompressKeysCase",

@@ -21,6 +21,7 @@ import matplotlib
 matplotlib.use("Agg")
 import charts_kernels  # noqa: E402  # after the backend is chosen
 import charts_training  # noqa: E402
+import charts_ultraclean  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
@@ -48,6 +49,7 @@ FIGURES: dict[str, tuple[str | Callable[[], dict[str, Any]], Callable[[dict[str,
     "sparse_quality": ("sparse_quality", charts_training.sparse_quality),
     "ternary_training": ("ternary_training", charts_training.ternary_training),
     "ternary_ablation": ("ternary_ablation", charts_training.ternary_ablation),
+    "ultraclean": ("ultraclean", charts_ultraclean.ultraclean),
     "base_training": (base_card, charts_training.base_training),
 }
 

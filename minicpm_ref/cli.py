@@ -1,4 +1,4 @@
-"""The command line: `minicpm-ref tour | generate | eval | info | data | train`.
+"""The command line: `minicpm-ref tour | generate | eval | info | data | train | clean`.
 
 Each command is a thin layer over one public function, so that whatever is shown here can be done in a few lines of
 Python.
@@ -20,6 +20,7 @@ from minicpm_ref.files import read_text
 from minicpm_ref.machine import usable_device
 from minicpm_ref.terminal import accept_any_text, show
 from minicpm_ref.tokenizer import Tokenizer, stream_text
+from minicpm_ref.ultraclean import commands as clean_commands
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,6 +29,7 @@ app = typer.Typer(
     help="MiniCPM4.1 from scratch: run it, measure it, train it. Start with [bold]minicpm-ref tour[/bold].",
     rich_markup_mode="rich",
 )
+app.add_typer(clean_commands.app, name="clean")
 console = Console(emoji=False)
 
 Source = Annotated[

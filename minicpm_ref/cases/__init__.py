@@ -29,6 +29,7 @@ from minicpm_ref.cases.decoder import (
     CausalAttentionCase,
     RopeFrequenciesCase,
 )
+from minicpm_ref.cases.duplicates import CANDIDATE_PROBABILITY, CandidateProbabilityCase
 from minicpm_ref.cases.norm import ADD_RMS_NORM, RMS_NORM, AddNormCase, NormCase
 from minicpm_ref.cases.quality import BLOCK_MASS, WINDOW_ONLY, BlockMassCase, WindowOnlyCase
 from minicpm_ref.cases.sampling import PROCESS_LOGITS, ProcessLogitsCase
@@ -91,6 +92,7 @@ TABLES: dict[str, Sequence[Case]] = {
     "select_blocks": SELECT_BLOCKS,
     "sparse_attention": SPARSE_ATTENTION,
     "sparse_tree_attention": SPARSE_TREE_ATTENTION,
+    "candidate_probability": CANDIDATE_PROBABILITY,
     "window_only": WINDOW_ONLY,
     "block_mass": BLOCK_MASS,
     "quantize": QUANTIZE,
@@ -111,6 +113,7 @@ __all__ = [
     "APPLY_ROPE",
     "BITS_PER_BYTE",
     "BLOCK_MASS",
+    "CANDIDATE_PROBABILITY",
     "CAUSAL_ATTENTION",
     "COMPRESS_KEYS",
     "DEQUANTIZE",
@@ -134,6 +137,7 @@ __all__ = [
     "ApplyRopeCase",
     "BitsPerByteCase",
     "BlockMassCase",
+    "CandidateProbabilityCase",
     "Case",
     "CausalAttentionCase",
     "CompressKeysCase",

@@ -30,7 +30,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 OURS = {"minicpm_ref", "minicpm_kernels"}
 ON_PATH = ("kernels/bench", "figures", "tests/unit")  # folders whose files tests import by name
 # Import name -> the requirement that brings it, where the two differ.
-DISTRIBUTION = {"yaml": "pyyaml", "llvmlite": "numba", "IPython": "ipykernel"}
+DISTRIBUTION = {"yaml": "pyyaml", "llvmlite": "numba", "IPython": "ipykernel", "fasttext": "fasttext-community"}
 
 
 def constraints() -> dict[str, str]:

@@ -21,8 +21,8 @@ FLOORS = {
         5: "formats sampling evaluate",
         6: "checkpoint speculative cases",
         7: "training engine tour",
-        8: "wind_tunnel ultraclean arkinfer exercises",
-        9: "studies train",
+        8: "wind_tunnel ultraclean arkinfer",
+        9: "studies train exercises",
         10: "cli",
         11: "__main__",
     }.items()

@@ -80,18 +80,18 @@ def find_roots(groups: Sequence[str] | None = None) -> dict[str, Path]:
 def read_documents(group: str, root: Path) -> Iterator[Document]:
     """Every non-empty UTF-8 `.py` file below `root`, in path order.
 
-    Skipped are packages installed inside the standard library, and its `config-*` folder, whose files are generated
-    with paths of the machine.
+    Skipped are folders and dangling links of that name, files that cannot be read, packages installed inside the
+    standard library, and its `config-*` folder, whose files are generated with paths of the machine.
     """
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if {"site-packages", "dist-packages", "__pycache__"} & set(relative.parts) or relative.match("config-*/*"):
             continue
-        if path.stat().st_size > LARGEST_FILE:
-            continue
         try:
+            if not path.is_file() or path.stat().st_size > LARGEST_FILE:
+                continue
             text = path.read_text("utf-8")
-        except UnicodeDecodeError:  # test data in other encodings
+        except (UnicodeDecodeError, OSError):  # test data in other encodings; links to nowhere or to themselves
             continue
         if text.strip():
             yield Document(group, relative.as_posix(), text)
@@ -229,5 +229,3 @@ class Corpus:
             np.stack([self.tokens[start : start + context + 1] for start in mine]).astype(np.int64)
         )
         return windows[:, :-1], windows[:, 1:]
-
-

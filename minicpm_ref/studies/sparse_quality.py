@@ -37,9 +37,9 @@ from minicpm_ref.studies.record import Record
 from minicpm_ref.training.planted_facts import Planter, retrieval_accuracy
 
 MODES = ("dense", "sparse", "window", "random")
-LENGTHS = (512, 1024, 2048)
-DISTANCES = (64, 128, 256, 512, 1024, 1900)
-BUDGETS = (10, 12, 16, 24, 32, 48, 64, 96, 128)  # visible blocks
+LENGTHS = (512, 1024, 2048, 4096)
+DISTANCES = (64, 128, 256, 512, 1024, 1900, 3800)
+BUDGETS = (10, 12, 16, 24, 32, 48, 64, 96, 128, 256)  # visible blocks
 
 
 def window_only(config: SparseConfig) -> SparseConfig:
@@ -149,8 +149,8 @@ def measure(
     lengths: Sequence[int] = LENGTHS,
     distances: Sequence[int] = DISTANCES,
     budgets: Sequence[int] = BUDGETS,
-    pieces: int = 24,
-    samples: int = 96,
+    pieces: int = 16,
+    samples: int = 64,
     report: Callable[[str], None] = print,
 ) -> Record:
     """Measure everything above and write figures/data/sparse_quality.json; parts already there are kept."""

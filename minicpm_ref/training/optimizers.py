@@ -96,7 +96,9 @@ def build_optimizers(
     groups: list[dict[str, object]] = [{"params": others, "lr": lr, "weight_decay": 0.0}]
     optimizers: list[torch.optim.Optimizer] = []
     if kind == "adamw":
-        groups.append({"params": matrices, "lr": lr / config.logit_divisor, "weight_decay": weight_decay})
+        # decay is multiplied by the rate: with the rate alone divided, wide models would decay less
+        rate, decay = lr / config.logit_divisor, weight_decay * config.logit_divisor
+        groups.append({"params": matrices, "lr": rate, "weight_decay": decay})
     else:
         optimizers.append(Muon(matrices, lr=matrix_lr, weight_decay=weight_decay))
     optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True))

@@ -88,6 +88,11 @@ class Planter:
         keys, rest = np.split(rng.permutation(self.words), [count])
         facts = []
         for key in keys.tolist():
+            if not any(_kept_from_training(key, value) == self.held_out for value in rest.tolist()):
+                raise ValueError(
+                    f"{count} facts from {len(self.words)} words: none is left that may be the value of "
+                    f"{self.tokenizer.decode([key])!r}; expected a larger vocabulary, or fewer facts"
+                )
             value = int(rng.choice(rest))
             while _kept_from_training(key, value) != self.held_out:
                 value = int(rng.choice(rest))

@@ -31,6 +31,10 @@ class Recipe:
     Lengths and budgets are in tokens. The warmup is counted in tokens too, so that it does not depend on how long the
     run will be: a short decay that branches off a stable run equals a run that was planned that short. `decay` is the
     fraction of the whole run over which the rate falls to zero.
+
+    `parent` names weights to start from, at step 0 with fresh optimizers. `branch` names a run, or "stable", whose
+    weights, optimizer state and step this run goes on from, as if it had been planned that way; what lies behind that
+    step (data, length, schedule) may be another.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Recipe:
     seed: int = 0
     precision: str = "auto"
     parent: str | None = None
+    branch: str | None = None
 
     @property
     def steps(self) -> int:
@@ -60,7 +65,7 @@ class Recipe:
         return json.loads(json.dumps(fields | {"config": self.config.to_dict()}))
 
     def build_model(self) -> MiniCPM:
-        """The model at step 0: fresh muP weights, or those of the parent."""
+        """The model at step 0: fresh muP weights, or those of the parent. A branch loads its own over it."""
         if self.parent is None:
             return MiniCPM(self.config).init_weights(self.seed)
         return load_parent(self.parent).requires_grad_(True)  # loaded weights ask for none

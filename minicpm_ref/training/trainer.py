@@ -16,15 +16,19 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import platform
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
@@ -44,13 +48,16 @@ from minicpm_ref.sampling import SamplingParams, generate
 from minicpm_ref.tokenizer import Tokenizer
 from minicpm_ref.training.card import parent_folder, training_card
 from minicpm_ref.training.optimizers import build_optimizers, wsd_factor
-from minicpm_ref.training.recipe import Recipe, read_state
+from minicpm_ref.training.recipe import Recipe, SavedState, read_state
 
 PROMPTS = (
     "import os\nimport sys\n\n\ndef main():",
     "class Counter:\n    def __init__(self, items):",
     'def read_file(path):\n    """',
 )
+
+
+MOST_SKIPPED = 3  # gradients that are not finite, one after another: the run is lost
 
 
 def default_precision(device: torch.device) -> str:
@@ -94,7 +101,11 @@ class Trainer:
         self.recipe, self.corpus, self.folder = recipe, corpus, Path(folder)
         self.part, self.parts = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device(device)
-        precision = default_precision(self.device) if recipe.precision == "auto" else recipe.precision
+        saved = read_state(self.folder) if (self.folder / "state.safetensors").exists() else None
+        precision = recipe.precision
+        if precision == "auto":  # a run goes on as it began, whatever the machine
+            began = saved.header.get("precision") if saved is not None else None
+            precision = str(began or default_precision(self.device))
         if precision not in ("bfloat16", "float32"):
             raise ValueError(f"precision {precision!r}: expected 'auto', 'bfloat16' or 'float32'")
         self.precision = precision
@@ -114,9 +125,14 @@ class Trainer:
         self.optimizers = self._build_optimizers()
         self.step = 0
         self.seconds = 0.0
+        self.skipped = 0  # steps in a row whose gradient was not finite
         self._stop = False
-        if (self.folder / "state.safetensors").exists():
-            self._load_state()
+        if saved is not None:
+            self._check_same_run(saved.header)
+            self._take(saved)
+            self.seconds = saved.header["seconds"]
+        elif recipe.branch is not None:
+            self._take(read_state(parent_folder(recipe.branch)))
 
     def _build_model(self) -> nn.Module:
         return self.recipe.build_model()
@@ -161,20 +177,31 @@ class Trainer:
         batch = [t.to(self.device) for t in recipe.batch(self.corpus, self.step, self.part, self.parts)]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             loss = recipe.loss(self.model, *batch)
-        if not torch.isfinite(loss):
-            raise RuntimeError(f"step {self.step}: the loss is {loss.item()}; the last good state is in {self.folder}")
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        mean_loss = loss.detach()
-        if self.parts > 1:
+        mean_loss = loss.detach().clone()
+        if self.parts > 1:  # before anyone may stop: a process that leaves alone would hang the others
             dist.all_reduce(mean_loss)
             mean_loss /= self.parts
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if not torch.isfinite(mean_loss):
+            raise RuntimeError(
+                f"step {self.step}: the loss is {mean_loss.item()}; the last good state is in {self.folder}"
+            )
+        loss.backward()
+        clipped = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        norm = float(clipped.full_tensor() if hasattr(clipped, "full_tensor") else clipped)
+        # a gradient that overflowed says nothing about the way down: weights and moments stay as they are
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        for optimizer in self.optimizers:
+            if not self.skipped:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if self.skipped == MOST_SKIPPED:
+            raise RuntimeError(
+                f"step {self.step}: the gradient's norm is {norm}, as in the {MOST_SKIPPED - 1} steps before; "
+                f"the last good state is in {self.folder}"
+            )
         self.step += 1
-        return {"step": self.step, "loss": mean_loss.item(), "grad_norm": float(norm), "lr_factor": factor}
+        row = {"step": self.step, "loss": mean_loss.item(), "grad_norm": norm, "lr_factor": factor}
+        return row | {"skipped": self.skipped} if self.skipped else row
 
     def run(
         self,
@@ -185,9 +212,16 @@ class Trainer:
     ) -> dict[str, Any] | None:
         """Train to the end of the recipe and return the card; None when stopped early by Ctrl-C or at step `stop_at`.
 
-        Ctrl-C finishes the step, saves the state and returns; the same call later continues exactly there.
+        Ctrl-C finishes the step, saves the state and returns; the same call later continues exactly there. Raises
+        RuntimeError when another run writes into the folder.
         """
-        console = console or Console(quiet=self.part > 0)
+        with self._only_run_here():
+            return self._run(checkpoint_seconds, evaluate_steps, console or Console(quiet=self.part > 0), stop_at)
+
+    def _run(
+        self, checkpoint_seconds: float, evaluate_steps: int, console: Console, stop_at: int | None
+    ) -> dict[str, Any] | None:
+        self._stop = False
         metrics = self.folder / "metrics.jsonl"
         self._truncate_metrics(metrics)
         previous = signal.signal(signal.SIGINT, self._request_stop) if self._in_main_thread() else None
@@ -196,7 +230,8 @@ class Trainer:
         try:
             with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
                 task = progress.add_task(self.recipe.name, total=self.recipe.steps, completed=self.step)
-                while self.step < min(self.recipe.steps, stop_at or self.recipe.steps) and not self._stop:
+                stop, last = False, min(self.recipe.steps, stop_at or self.recipe.steps)
+                while self.step < last and not stop:
                     begin = time.monotonic()
                     row = self.train_step()
                     self.seconds += time.monotonic() - begin
@@ -210,7 +245,8 @@ class Trainer:
                     if self.step % 50 == 0:
                         shown = " ".join(f"{key} {value:.4g}" for key, value in row.items())
                         console.log(shown) if not console.is_terminal else None
-                    if time.monotonic() - last_save > checkpoint_seconds:
+                    stop, due = self._agreed(self._stop, time.monotonic() - last_save > checkpoint_seconds)
+                    if due:
                         self.save_state()
                         last_save = time.monotonic()
             self.save_state()
@@ -231,6 +267,30 @@ class Trainer:
     def _request_stop(self, *_: object) -> None:
         self._stop = True
 
+    def _agreed(self, *wishes: bool) -> list[bool]:
+        """What any process wishes, known to all: saving needs every one of them, and clocks and signals differ."""
+        if self.parts == 1:
+            return list(wishes)
+        votes = torch.tensor(wishes, dtype=torch.int32, device=self.device)
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        return [bool(vote) for vote in votes.tolist()]
+
+    @contextmanager
+    def _only_run_here(self) -> Iterator[None]:
+        """Hold the folder: two runs in it would each overwrite the other's state."""
+        if self.part > 0:
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(self.folder / ".lock", timeout=0).acquire()
+        except Timeout:
+            raise RuntimeError(
+                f"{self.folder}: another run is writing into this folder; wait, or use another"
+            ) from None
+        with lock:
+            yield
+
     def _log(self, path: Path, row: dict[str, float]) -> None:
         if self.part == 0:
             with open(path, "a", encoding="utf-8") as file:
@@ -239,7 +299,8 @@ class Trainer:
     def _truncate_metrics(self, path: Path) -> None:
         """Drop the lines of steps that the resumed state has not seen."""
         if self.part == 0:
-            lines = path.read_text("utf-8").splitlines() if path.exists() else []
+            text = path.read_text("utf-8") if path.exists() else ""
+            lines = text.split("\n")[:-1]  # what has no line feed yet is a line that a crash cut off
             kept = [line for line in lines if json.loads(line)["step"] <= self.step]
             write_text(path, "".join(line + "\n" for line in kept))
 
@@ -257,24 +318,41 @@ class Trainer:
         for name, state in states.items():
             tensors |= {f"optimizer/{name}/{key}": value for key, value in state.items()}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        header = {"step": self.step, "seconds": self.seconds, "recipe": self.recipe.to_dict()}
+        header = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "recipe": self.recipe.to_dict(),
+            "precision": self.precision,
+            "corpus_manifest_sha256": self.corpus.manifest_sha256,
+        }
         with replacing(self.folder / "state.safetensors") as temporary:
             save_file(tensors, temporary, metadata={"training": json.dumps(header)})
 
-    def _load_state(self) -> None:
-        header, weights, state = read_state(self.folder)
-        self._check_same_recipe(header["recipe"], self.folder / "state.safetensors")
+    def _take(self, saved: SavedState) -> None:
+        """Go on from weights, optimizer state and step of a saved run."""
         options = StateDictOptions(full_state_dict=True)
         _, fresh = get_state_dict(self.model, self.optimizers, options=options)
-        saved: Any = {"state": state, "param_groups": fresh["param_groups"]}
+        optimizer: Any = {"state": saved.optimizer, "param_groups": fresh["param_groups"]}
         set_state_dict(
-            self.model, self.optimizers, model_state_dict=dict(weights), optim_state_dict=saved, options=options
+            self.model,
+            self.optimizers,
+            model_state_dict=dict(saved.weights),
+            optim_state_dict=optimizer,
+            options=options,
         )
-        self.step, self.seconds = header["step"], header["seconds"]
+        self.step = saved.header["step"]
 
-    def _check_same_recipe(self, saved: dict[str, Any], path: Path) -> None:
-        current = self.recipe.to_dict()
+    def _check_same_run(self, header: dict[str, Any]) -> None:
+        """Raise ValueError when the state in the folder was made with other settings, on other data or otherwise
+        rounded: the curve would go on, and the card would tell of one run where there were two."""
+        path, saved, current = self.folder / "state.safetensors", header["recipe"], self.recipe.to_dict()
         changed = [key for key in current if key != "tokens" and current[key] != saved.get(key)]
+        for key, value in (("precision", self.precision), ("corpus_manifest_sha256", self.corpus.manifest_sha256)):
+            if key in header and header[key] != value:
+                raise ValueError(
+                    f"{path}: {key} was {header[key]!r}, now {value!r}; use an empty folder, or the same "
+                    + ("corpus" if key.startswith("corpus") else "recipe with that precision")
+                )
         if changed:
             listed = ", ".join(f"{key} = {current[key]!r} (was {saved.get(key)!r})" for key in changed)
             raise ValueError(f"{path} belongs to another recipe: {listed}; use an empty folder, or the same settings")

@@ -31,6 +31,9 @@ def sources(tmp_path_factory):
     (root / "notes.txt").write_text("not Python")
     (root / "config-3.99-x86_64").mkdir()
     (root / "config-3.99-x86_64" / "generated.py").write_text("prefix = 'of this machine'\n")
+    (root / "package.py").mkdir()
+    (root / ".#edited.py").symlink_to("user@host.4711:1")  # an editor's lock
+    (root / "loop.py").symlink_to(root / "loop.py")
     (root / "site-packages").mkdir()
     (root / "site-packages" / "other.py").write_text("installed = True\n")
     return root

@@ -1,7 +1,7 @@
 """The embedded sparse variant: the base continued from short dense to long block-sparse sequences.
 
-The short-to-long recipe of InfLLM-V2, scaled down by 16 in length: pre-training was dense at 512 tokens; this run
-ends at 2048, where a token sees 24 of 128 blocks, through the same `sparse_attention` that inference uses (dense below
+The short-to-long recipe of InfLLM-V2, scaled down by 8 in length: pre-training was dense at 512 tokens; this run goes
+up to 4096, where a token sees 24 of 256 blocks, through the same `sparse_attention` that inference uses (dense below
 `dense_len`, as published). Lengths come in buckets of equal token shares. The published run starts from a model that
 can already look things up; the base is too small and too briefly trained for that, so the first part of the run uses
 the shortest bucket alone, which is dense, and learns it there.
@@ -67,22 +67,26 @@ class SparseRecipe(Recipe):
         return self.lengths[0] if step < first else self.lengths[(step - first) % len(self.lengths)]
 
     def batch(self, corpus: Corpus, step: int, part: int, parts: int) -> tuple[Tensor, ...]:
-        """Inputs, targets and answer marks of this process's rows, [rows, length] each."""
+        """Inputs, targets and answer weights of this process's rows, [rows, length] each.
+
+        The weights of all answers of the step add up to the number of processes, whose losses are averaged: so each
+        answer counts the same wherever it falls.
+        """
         length = self.length(step)
         rows = self.batch_tokens // length
         if rows % parts:
             raise ValueError(f"{rows} rows of {length} tokens cannot be shared by {parts} processes")
         rng = np.random.default_rng((self.seed, step))
         mine = slice(part * rows // parts, (part + 1) * rows // parts)
-        whole = planted_batch(corpus.tokens, self.planter, rows, length, self.planted_share, rng)
-        return tuple(tensor[mine] for tensor in whole)
+        inputs, targets, answers = planted_batch(corpus.tokens, self.planter, rows, length, self.planted_share, rng)
+        weights = answers * (parts / max(1, int(answers.sum())))
+        return inputs[mine], targets[mine], weights[mine]
 
     def loss(self, model: nn.Module, *batch: Tensor) -> Tensor:
         """Mean cross-entropy of all tokens, in nats, plus `answer_weight` times that of the answers."""
-        inputs, targets, answers = batch
+        inputs, targets, weights = batch
         losses = F.cross_entropy(model(inputs).float().flatten(0, 1), targets.flatten(), reduction="none")
-        marks = answers.flatten()
-        return losses.mean() + self.answer_weight * (losses * marks).sum() / marks.sum().clamp(min=1)
+        return losses.mean() + self.answer_weight * (losses * weights.flatten()).sum()
 
 
 RECIPE = SparseRecipe(

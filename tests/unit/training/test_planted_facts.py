@@ -126,6 +126,20 @@ def test_accuracy_is_one_for_a_reader_and_zero_beyond_its_reach() -> None:
     assert accuracy == {32: 1.0, 150: 1.0, 400: 0.0}
 
 
+def test_a_vocabulary_without_a_value_for_a_key_is_refused_instead_of_searched_for_ever() -> None:
+    """16 words are accepted, but half are keys, and of the other eight often none may be the value of some key."""
+    small = Planter(TOKENIZER, held_out=True)
+    small.__dict__["words"] = PLANTER.words[:16]
+    outcomes = []
+    for seed in range(6):
+        try:
+            outcomes.append(len(small.draw(np.random.default_rng(seed), 8)))
+        except ValueError as error:
+            outcomes.append(str(error))
+    assert all(outcome == 8 or "expected a larger vocabulary, or fewer facts" in str(outcome) for outcome in outcomes)
+    assert any(outcome != 8 for outcome in outcomes)
+
+
 def test_too_little_text_is_refused() -> None:
     short = [Document("stdlib", "a.py", "x = 1\n")]
     with pytest.raises(ValueError, match="expected more than 512"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ from minicpm_ref.training.recipes.ternary import DistillationRecipe
 from minicpm_ref.training.recipes.ternary_qat import TernaryRecipe
 
 CONFIG = ModelConfig(480, 64, 2, 4, 1, 128, max_position_embeddings=64)
-SETTINGS = {"tokens": 12 * 256, "context": 32, "batch_tokens": 256, "precision": "float32"}
+SETTINGS = {"tokens": 12 * 256, "context": 32, "batch_tokens": 256, "warmup_tokens": 256, "precision": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ def test_the_sparse_recipe_lengthens_and_shares_its_rows() -> None:
     lengths = [recipe.length(step) for step in range(recipe.steps)]
     assert set(lengths[:first]) == {256}
     assert [lengths[first:].count(length) for length in recipe.lengths] == pytest.approx(
-        [(recipe.steps - first) / 4] * 4, abs=1
+        [(recipe.steps - first) / len(recipe.lengths)] * len(recipe.lengths), abs=1
     )
     config = recipe.config.sparse_config
     assert config is not None
@@ -121,8 +123,8 @@ def test_the_sparse_loss_weighs_answers_and_goes_through_sparse_attention(corpus
         "tiny", replace(CONFIG, sparse_config=sparse), parent=str(parent), lengths=(16, 32, 64), **SETTINGS
     )
     batch = (inputs, targets, _) = recipe_batch(corpus)
-    answers = torch.zeros_like(targets, dtype=torch.bool)
-    answers[0, 3] = True
+    answers = torch.zeros_like(targets, dtype=torch.float32)
+    answers[0, 3] = 1.0
     model = recipe.build_model()
     losses = F.cross_entropy(model(inputs).transpose(1, 2), targets, reduction="none")
     expected = losses.mean() + recipe.answer_weight * losses[0, 3]
@@ -136,4 +138,19 @@ def test_the_sparse_loss_weighs_answers_and_goes_through_sparse_attention(corpus
 
 def recipe_batch(corpus: Corpus) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     inputs, targets = corpus.batch(0, 2, 64)
-    return inputs, targets, torch.zeros_like(targets, dtype=torch.bool)
+    return inputs, targets, torch.zeros_like(targets, dtype=torch.float32)
+
+
+def test_an_answer_counts_the_same_in_whichever_process_it_falls(parent: Path) -> None:
+    """The mean of the parts' losses is that of the whole step, though the parts hold different numbers of answers."""
+    recipe = replace(get_recipe("sparse"), batch_tokens=4 * 256, lengths=(256,), context=256, planted_share=0.5)
+    tokens = np.random.default_rng(0).integers(3, 4096, 20_000).astype("<u2")
+    corpus = SimpleNamespace(tokens=tokens)
+    whole = recipe.batch(corpus, 0, 0, 1)
+    parts = [recipe.batch(corpus, 0, part, 2) for part in range(2)]
+    counts = [int((part[2] > 0).sum()) for part in parts]
+    assert counts[0] != counts[1]
+    losses = torch.rand(whole[0].shape, generator=torch.Generator().manual_seed(0))
+    added = [(losses[rows] * part[2]).sum() for rows, part in zip((slice(0, 2), slice(2, 4)), parts, strict=True)]
+    assert torch.allclose(sum(added) / 2, (losses * whole[2]).sum())
+    assert torch.allclose((losses * whole[2]).sum(), losses[whole[2] > 0].mean())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,11 +20,12 @@ from minicpm_ref.config import ModelConfig
 from minicpm_ref.data import Corpus
 from minicpm_ref.model import MiniCPM
 from minicpm_ref.training import Recipe, Trainer
+from minicpm_ref.training import trainer as trainer_module
 from minicpm_ref.training.optimizers import Muon, build_optimizers, orthogonalize, wsd_factor
 from minicpm_ref.training.recipes import get_recipe, recipe_names
 
 CONFIG = ModelConfig(480, 64, 2, 4, 1, 96, max_position_embeddings=64)
-RECIPE = Recipe("tiny", CONFIG, tokens=24 * 128, context=32, batch_tokens=128, precision="float32")
+RECIPE = Recipe("tiny", CONFIG, tokens=24 * 128, context=32, batch_tokens=128, warmup_tokens=128, precision="float32")
 
 
 def losses(trainer: Trainer, steps: int) -> list[float]:
@@ -138,7 +140,7 @@ WORKER = """
 import sys
 from dataclasses import replace
 sys.path.insert(0, {folder!r})
-from test_train import RECIPE
+from test_trainer import RECIPE
 from minicpm_ref.data import Corpus
 from minicpm_ref.training import Trainer
 recipe = replace(RECIPE, optimizer=sys.argv[3], tokens=int(sys.argv[5]) * RECIPE.batch_tokens)
@@ -200,6 +202,135 @@ def test_every_recipe_can_be_read() -> None:
         assert get_recipe(name).name == name
 
 
+# ---- one run in a folder, one story on its card
+
+
+def test_stopping_and_going_on_with_one_trainer(corpus: Corpus, tmp_path) -> None:
+    trainer = Trainer(RECIPE, corpus, tmp_path)
+    trainer._request_stop()  # a Ctrl-C that came before the call: the call is a new wish
+    assert trainer.run(evaluate_steps=100) is not None
+    assert len(read_losses(tmp_path)) == RECIPE.steps
+
+
+def test_ctrl_c_saves_and_the_same_trainer_goes_on(corpus: Corpus, tmp_path, monkeypatch) -> None:
+    trainer = Trainer(RECIPE, corpus, tmp_path / "stopped")
+    step = trainer.train_step
+
+    def interrupted() -> dict[str, float]:
+        if trainer.step == 4:
+            trainer._request_stop()
+        return step()
+
+    monkeypatch.setattr(trainer, "train_step", interrupted)
+    assert trainer.run(evaluate_steps=100) is None
+    assert len(read_losses(tmp_path / "stopped")) == 5
+    monkeypatch.setattr(trainer, "train_step", step)
+    assert trainer.run(evaluate_steps=100) is not None
+    assert read_losses(tmp_path / "stopped") == losses(Trainer(RECIPE, corpus, tmp_path / "whole"), RECIPE.steps)
+
+
+def test_a_line_that_a_crash_cut_off_is_dropped(corpus: Corpus, tmp_path) -> None:
+    Trainer(RECIPE, corpus, tmp_path).run(evaluate_steps=100, stop_at=3)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    Trainer(RECIPE, corpus, tmp_path).run(evaluate_steps=100, stop_at=6)
+    assert len(read_losses(tmp_path)) == 6
+
+
+def test_another_corpus_or_precision_is_not_resumed_without_a_word(corpus: Corpus, tmp_path) -> None:
+    Trainer(RECIPE, corpus, tmp_path / "run").save_state()
+    with pytest.raises(ValueError, match="precision was 'float32', now 'bfloat16'"):
+        Trainer(replace(RECIPE, precision="bfloat16"), corpus, tmp_path / "run")
+    shutil.copytree(corpus.folder, tmp_path / "corpus")
+    manifest = tmp_path / "corpus" / "manifest.json"
+    manifest.write_text(manifest.read_text() + " ")
+    with pytest.raises(ValueError, match="corpus_manifest_sha256 was"):
+        Trainer(RECIPE, Corpus(tmp_path / "corpus"), tmp_path / "run")
+
+
+def test_auto_goes_on_in_the_precision_that_it_began_with(corpus: Corpus, tmp_path, monkeypatch) -> None:
+    recipe = replace(RECIPE, precision="auto")
+    for began in ("float32", "bfloat16"):
+        monkeypatch.setattr(trainer_module, "default_precision", lambda device, began=began: began)
+        Trainer(recipe, corpus, tmp_path / began).save_state()
+        monkeypatch.setattr(trainer_module, "default_precision", lambda device: "neither")
+        assert Trainer(recipe, corpus, tmp_path / began).precision == began
+
+
+def test_two_runs_in_one_folder_are_refused(corpus: Corpus, tmp_path) -> None:
+    first, second = Trainer(RECIPE, corpus, tmp_path), Trainer(RECIPE, corpus, tmp_path)
+    with first._only_run_here(), pytest.raises(RuntimeError, match="another run is writing into this folder"):
+        second.run()
+    assert second.run(evaluate_steps=100, stop_at=2) is None  # once the first has ended
+
+
+def test_a_branch_equals_a_run_that_was_planned_that_way(corpus: Corpus, tmp_path) -> None:
+    """Warmup is counted in tokens and data is drawn by step, so what was longer does not show."""
+    planned = replace(RECIPE, warmup_tokens=4 * 128, decay=0.5)
+    longer = replace(planned, tokens=100 * 128)
+    expected = losses(Trainer(planned, corpus, tmp_path / "planned"), RECIPE.steps)
+    stable = Trainer(longer, corpus, tmp_path / "stable")
+    begun = losses(stable, 10)
+    stable.save_state()
+    branch = Trainer(replace(planned, branch=str(tmp_path / "stable")), corpus, tmp_path / "branch")
+    assert begun + losses(branch, RECIPE.steps - 10) == expected
+    card = Trainer(replace(planned, branch=str(tmp_path / "stable")), corpus, tmp_path / "run").run(evaluate_steps=100)
+    assert card is not None
+    assert card["recipe"]["branch"] == str(tmp_path / "stable")
+
+
+@pytest.mark.parametrize("resume", [0, 3, 4, 12, 23])
+def test_the_rate_is_a_function_of_the_step_alone(corpus: Corpus, tmp_path, resume: int) -> None:
+    """Every group moves by the same factor, through warmup, plateau, decay and a resume at each edge."""
+    recipe = replace(RECIPE, warmup_tokens=4 * 128, decay=0.5)
+
+    def rates(trainer: Trainer, steps: int) -> list[list[float]]:
+        found = []
+        for _ in range(steps):
+            factor = trainer.train_step()["lr_factor"]
+            groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+            assert all(group["lr"] == group["base_lr"] * factor for group in groups)
+            found.append([group["lr"] for group in groups])
+        return found
+
+    first = Trainer(recipe, corpus, tmp_path)
+    before = rates(first, resume)
+    first.save_state()
+    after = rates(Trainer(recipe, corpus, tmp_path), RECIPE.steps - resume)
+    expected = [wsd_factor(step, 24, 4, 12) for step in range(24)]
+    bases = [group["base_lr"] for optimizer in first.optimizers for group in optimizer.param_groups]
+    assert before + after == [[base * factor for base in bases] for factor in expected]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e20])
+def test_a_gradient_that_is_not_finite_moves_nothing(corpus: Corpus, tmp_path, value: float) -> None:
+    trainer = Trainer(RECIPE, corpus, tmp_path)
+    losses(trainer, 2)
+    weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    moments = [t.clone() for o in trainer.optimizers for s in o.state.values() for t in s.values()]
+    bad = trainer.model.model.layers[0].mlp.up_proj.weight
+    hook = bad.register_hook(lambda gradient: torch.full_like(gradient, value))
+    row = trainer.train_step()
+    assert row["skipped"] == 1
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in trainer.model.state_dict().items())
+    now = [t for o in trainer.optimizers for s in o.state.values() for t in s.values()]
+    assert all(torch.equal(a, b) for a, b in zip(moments, now, strict=True))
+    trainer.train_step()
+    with pytest.raises(RuntimeError, match="the gradient's norm is .*, as in the 2 steps before"):
+        trainer.train_step()
+    hook.remove()
+
+
+def test_one_bad_gradient_is_forgotten_after_a_good_one(corpus: Corpus, tmp_path) -> None:
+    trainer = Trainer(RECIPE, corpus, tmp_path)
+    bad = trainer.model.model.layers[0].mlp.up_proj.weight
+    for _ in range(4):
+        hook = bad.register_hook(lambda gradient: gradient * float("inf"))
+        assert trainer.train_step()["skipped"] == 1
+        hook.remove()
+        assert "skipped" not in trainer.train_step()
+
+
 # ---- settings that a curve does not show
 
 
@@ -223,5 +354,24 @@ def test_only_layer_matrices_decay(optimizer: str) -> None:
     optimizers = build_optimizers(model, CONFIG, optimizer, lr=0.01, matrix_lr=0.02, weight_decay=0.1)
     decay = {id(p): g["weight_decay"] for o in optimizers for g in o.param_groups for p in g["params"]}
     for name, parameter in model.named_parameters():
-        expected = 0.1 if parameter.ndim == 2 and ".layers." in name else 0.0
+        hidden = 0.1 if optimizer == "muon" else 0.1 * CONFIG.logit_divisor  # the rate is divided by that
+        expected = hidden if parameter.ndim == 2 and ".layers." in name else 0.0
         assert decay[id(parameter)] == expected, name
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_decay_does_not_depend_on_the_width(optimizer: str) -> None:
+    """A step without a gradient shrinks a layer's matrix by the same factor at every width."""
+    shrunk = []
+    for width in (64, 128, 256, 512):
+        config = replace(CONFIG, hidden_size=width, num_attention_heads=width // 16, num_key_value_heads=1)
+        model = MiniCPM(config).init_weights()
+        before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+        optimizers = build_optimizers(model, config, optimizer, lr=0.01, matrix_lr=0.02, weight_decay=0.1)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for one in optimizers:
+            one.step()
+        shrunk.append(float((model.model.layers[0].mlp.up_proj.weight.detach() / before).mean()))
+    rate = 0.02 if optimizer == "muon" else 0.01
+    assert shrunk == pytest.approx([1 - rate * 0.1] * 4, rel=1e-6)

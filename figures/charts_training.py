@@ -129,7 +129,7 @@ STAGES = {
     "ptq": ("rounded, no training", "red"),
     "qat": ("QAT", "blue"),
     "qat+distillation": ("QAT + distillation", "green"),
-    "continued": ("control: as long as\nQAT, full precision", "orange"),
+    "control": ("control: full precision,\nas many tokens", "orange"),
 }
 
 
@@ -146,13 +146,14 @@ def ternary_training(results: dict[str, Any]) -> Figure:
     left.margins(x=0.18)
     left.grid(axis="y", visible=False)
     left.set(title="held-out bits per byte")
-    begin = 0.0
-    for name in ("continued", "qat", "qat+distillation"):
+    stable = results["settings"]["stable_tokens"]
+    begins = {"control": 0, "qat": stable, "qat+distillation": stable + rows["qat"]["tokens"]}
+    for name, begin in begins.items():
         label, colour = STAGES[name]
-        begin = rows["qat"]["tokens"] / 1e6 if name == "qat+distillation" else 0.0
-        points = [(begin + tokens / 1e6, value) for tokens, value in rows[name]["held_out_curve"]]
+        curve = [(begin + tokens, value) for tokens, value in rows[name]["held_out_curve"]]
+        points = [(tokens / 1e6, value) for tokens, value in curve if tokens > 0.6 * stable]
         right.plot(*zip(*points, strict=True), "o-", markersize=4, color=COLOURS[colour], label=label)
-    right.set(xlabel="million tokens after the base", title="on the way (small sample)")
+    right.set(xlabel="million tokens in all", title="on the way (small sample)")
     right.legend(fontsize=7)
     fig.supxlabel(source_note(results), fontsize=7)
     return fig

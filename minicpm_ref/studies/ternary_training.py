@@ -1,14 +1,15 @@
 """What ternary weights cost the embedded model, and what each stage of training gives back.
 
-Five sets of weights on the same held-out files: the base; the base rounded to ternary without any training (PTQ); after
-quantization-aware training; after distillation; and the control, which went on in full precision for as many tokens as
-QAT read. The gap of QAT to the base says what a user of the variant loses or gains; its gap to the control says what
-ternary weights cost, because the base had not converged.
+Five sets of weights on the same held-out files: the base; the base rounded to ternary without any training (PTQ);
+after quantization-aware training, which branches off the base's stable phase; after distillation; and the control, a
+decay in full precision off the same stable phase that ends at 50 million tokens, where the ternary variant has not read
+more. The gap of the variant to the control is what ternary weights cost at equal tokens; its gap to the base is what a
+user gains or loses by taking it.
 
 Packed weights are measured twice: with float activations, as trained, and with the int8 activations of the fast CPU
 kernel.
 
-Run after the recipes `ternary_qat`, `continued` and `ternary`:
+Run after the recipes `ternary_qat` and `ternary`, and `base` with `--tokens 50000000 --out runs/branch_50m`:
 python -m minicpm_ref.studies.ternary_training CORPUS RUNS-FOLDER
 """
 
@@ -23,7 +24,7 @@ from typing import Annotated
 
 import typer
 
-from minicpm_ref.checkpoint import load, sha256_file, variant_folder
+from minicpm_ref.checkpoint import EMBEDDED, load, sha256_file, variant_folder
 from minicpm_ref.data import Corpus
 from minicpm_ref.evaluate import quality_by_group
 from minicpm_ref.lowbit.layers import MergedTernaryLinear, TernaryLinear, to_ternary
@@ -32,7 +33,7 @@ from minicpm_ref.model import MiniCPM
 from minicpm_ref.studies.record import Record
 from minicpm_ref.training import load_parent
 
-RUNS = {"continued": "continued", "qat": "ternary_qat", "qat+distillation": "ternary"}
+RUNS = {"control": "branch_50m", "qat": "ternary_qat", "qat+distillation": "ternary"}
 
 
 def set_activations(model: MiniCPM, activations: str | None) -> None:
@@ -46,7 +47,9 @@ def measure(corpus: Corpus, runs: Path, folder: Path | None = None, report: Call
     """Measure every row that is not yet in figures/data/ternary_training.json, and write it."""
     hashes = {name: sha256_file(runs / place / "model" / "model.safetensors") for name, place in RUNS.items()}
     hashes["base"] = sha256_file(variant_folder("base") / "model.safetensors")
-    record = Record("ternary_training", corpus, {"weights_sha256": hashes, "context": 512}, folder)
+    stable = json.loads((EMBEDDED / "stable" / "card.json").read_text("utf-8"))
+    settings = {"weights_sha256": hashes, "context": 512, "stable_tokens": stable["tokens"]}
+    record = Record("ternary_training", corpus, settings, folder)
     rows = record.results.setdefault("rows", [])
     models: dict[str, Callable[[], MiniCPM]] = {
         "base": lambda: load()[0],
@@ -84,7 +87,7 @@ def _rounded(model: MiniCPM) -> MiniCPM:
 
 def main(
     corpus: Annotated[Path, typer.Argument(help="Folder written by `minicpm-ref data --reuse-tokenizer`.")],
-    runs: Annotated[Path, typer.Argument(help="Folder that holds the runs ternary_qat, continued and ternary.")],
+    runs: Annotated[Path, typer.Argument(help="Folder that holds the runs ternary_qat, ternary and branch_50m.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the results. Default: figures/data.")] = None,
 ) -> None:
     """Measure every stage of ternary training on the held-out files. An interrupted run is continued."""

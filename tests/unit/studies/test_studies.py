@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,14 +10,15 @@ import torch
 from fresh import fresh_model
 from torch import Tensor
 
+from minicpm_ref.checkpoint import EMBEDDED, sha256_file
 from minicpm_ref.config import ModelConfig, SparseConfig
-from minicpm_ref.data import Corpus
+from minicpm_ref.data import Corpus, build_corpus
 from minicpm_ref.lowbit.layers import to_ternary
 from minicpm_ref.lowbit.ternary import GRIDS
 from minicpm_ref.machine import machine
 from minicpm_ref.plotting import load_results, source_note
 from minicpm_ref.sparse import select_blocks
-from minicpm_ref.studies import ternary_ablation
+from minicpm_ref.studies import reproduce, ternary_ablation
 from minicpm_ref.studies.record import Record
 from minicpm_ref.studies.sparse_quality import (
     MODES,
@@ -29,6 +31,9 @@ from minicpm_ref.studies.sparse_quality import (
     window_only,
 )
 from minicpm_ref.studies.ternary_training import set_activations
+from minicpm_ref.tokenizer import Tokenizer
+from minicpm_ref.training import Trainer
+from minicpm_ref.training.recipes import get_recipe
 
 SPARSE = SparseConfig(4, 2, 1, 8, 16, 4, dense_len=32)
 CONFIG = ModelConfig(480, 64, 2, 4, 1, 96, max_position_embeddings=256, sparse_config=SPARSE)
@@ -153,3 +158,47 @@ def test_a_figure_can_say_where_a_study_was_measured(corpus: Corpus, tmp_path) -
     Record("study", corpus, {"samples": 1}, tmp_path).save()
     results = load_results("study", tmp_path)
     assert machine(torch.device("cpu"))["device"] in source_note(results)
+
+
+# ---- the base's own run
+
+
+def test_the_recorded_repetition_stays_within_its_bound() -> None:
+    """Recorded by `studies.reproduce`; what it compares with are the losses on the card of the stored state."""
+    card = json.loads((EMBEDDED / "stable" / "card.json").read_text("utf-8"))
+    results = load_results("reproduce")
+    assert results["settings"]["state_sha256"] == card["state_sha256"]
+    assert card["state_sha256"] == sha256_file(EMBEDDED / "stable" / "state.safetensors")
+    assert results["settings"]["bound"] == reproduce.BOUND
+    for name in reproduce.STRETCHES:
+        assert results[name]["recorded"] == card[f"losses_{name}"]
+        assert reproduce.difference(results[name]) <= reproduce.BOUND
+    shifted = {"recorded": card["losses_from_here"][1:], "losses": results["from_here"]["losses"][:-1]}
+    assert reproduce.difference(shifted) > reproduce.BOUND  # one step off is noticed
+
+
+def test_another_corpus_cannot_repeat_the_run(corpus: Corpus, tmp_path) -> None:
+    with pytest.raises(ValueError, match="expected 77abdffbd95fdf75"):
+        reproduce.measure(corpus, tmp_path)
+
+
+def test_the_stable_state_is_one_to_go_on_from(tmp_path) -> None:
+    """A decay branches off it at the stored step, at the rate that the plan says."""
+    root = tmp_path / "sources"
+    root.mkdir()
+    for i in range(60):
+        (root / f"module_{i}.py").write_text(f"def function_{i}(first):\n    return first + {i}\n" * 40)
+    corpus = build_corpus(
+        tmp_path / "corpus", {"stdlib": root}, tokenizer=Tokenizer.load(EMBEDDED / "base/tokenizer.json")
+    )
+    steps = 3949 + 4
+    recipe = replace(
+        get_recipe("base"), tokens=steps * 8192, decay=4.5 / steps, branch="stable", precision="float32", context=128
+    )
+    trainer = Trainer(replace(recipe, batch_tokens=8192), corpus, tmp_path / "run")
+    assert trainer.step == 3949
+    assert all("momentum_buffer" in state for state in trainer.optimizers[0].state.values())
+    row = trainer.train_step()
+    assert row["step"] == 3950
+    assert row["lr_factor"] == 1.0
+    assert row["loss"] < 4  # an untrained model is at 8.3

@@ -33,6 +33,12 @@ def usable_device(name: str | torch.device) -> torch.device:
     return device
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; a CPU without such instructions emulates it several times
+    slower."""
+    return device.type != "cpu" or bool(torch.cpu._is_avx512_bf16_supported())
+
+
 def cpu_name() -> str:
     """The processor's name, from the system where Python does not know it."""
     try:

@@ -28,7 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minicpm_ref import row_blocks
 from minicpm_ref.config import LongRope, ModelConfig
+from minicpm_ref.machine import multiplies_bfloat16
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -119,9 +121,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     q [B, H, T, D], k and v [B, G, S, D] with H a multiple of G and S >= T; query head h reads key-value
     head h // (H / G). Returns [B, H, T, D]. Scale 1/sqrt(D); `scaled_dot_product_attention` keeps the softmax in
-    float32.
+    float32. Training in bfloat16 on a CPU that multiplies it in hardware takes `row_block_attention`, which is faster.
     """
     new_tokens, total = q.shape[2], k.shape[2]
+    training = torch.is_grad_enabled() and q.dtype == torch.bfloat16 and new_tokens == total <= row_blocks.LONGEST
+    if training and q.device.type == "cpu" and multiplies_bfloat16(q.device):
+        return row_blocks.row_block_attention(q, k, v)
     mask = None
     if 1 < new_tokens < total:
         mask = torch.ones(new_tokens, total, dtype=torch.bool, device=q.device).tril(total - new_tokens)

@@ -43,6 +43,7 @@ from minicpm_ref.checkpoint import save, sha256_file
 from minicpm_ref.data import Corpus, small_sample
 from minicpm_ref.evaluate import bits_per_byte
 from minicpm_ref.files import replacing, write_text
+from minicpm_ref.machine import multiplies_bfloat16
 from minicpm_ref.model import MiniCPM
 from minicpm_ref.sampling import SamplingParams, generate
 from minicpm_ref.tokenizer import Tokenizer
@@ -62,8 +63,7 @@ MOST_SKIPPED = 3  # gradients that are not finite, one after another: the run is
 
 def default_precision(device: torch.device) -> str:
     """'bfloat16' where the device multiplies it in hardware, else 'float32'."""
-    fast = torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else True
-    return "bfloat16" if fast else "float32"
+    return "bfloat16" if multiplies_bfloat16(device) else "float32"
 
 
 def keep_freed_memory() -> None:
@@ -140,7 +140,13 @@ class Trainer:
     def _build_optimizers(self) -> list[torch.optim.Optimizer]:
         recipe = self.recipe
         return build_optimizers(
-            self.model, recipe.config, recipe.optimizer, recipe.lr, recipe.matrix_lr, recipe.weight_decay
+            self.model,
+            recipe.config,
+            recipe.optimizer,
+            recipe.lr,
+            recipe.matrix_lr,
+            recipe.weight_decay,
+            getattr(torch, self.precision),
         )
 
     def _check_same_vocabulary(self, parent: str) -> None:

@@ -14,7 +14,7 @@ PACKAGE = Path(minicpm_ref.__file__).parent
 FLOORS = {
     name: floor
     for floor, names in {
-        1: "config published chat_template backend files machine plotting terminal",
+        1: "config published chat_template backend files machine row_blocks plotting terminal",
         2: "ops sparse lowbit tokenizer",
         3: "cache data",
         4: "model",

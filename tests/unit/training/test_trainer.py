@@ -56,6 +56,17 @@ def test_orthogonalize_brings_singular_values_near_one(shape: tuple[int, ...]) -
     assert ((u @ vt) * result).sum() > 0.8 * min(shape[-2:]) * (shape[0] if len(shape) == 3 else 1)
 
 
+@pytest.mark.parametrize("shape", [(256, 256), (64, 768), (768, 256)])
+def test_orthogonalizing_in_bfloat16_errs_by_its_rounding(shape: tuple[int, ...]) -> None:
+    """Five iterations of three products, each rounded to 2^-9 of itself; the polynomial can enlarge an error by 3.4."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    exact, rounded = orthogonalize(matrix), orthogonalize(matrix, dtype=torch.bfloat16)
+    bound = 5 * 3 * 3.4 * 2**-9
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).norm() < bound * exact.norm()
+    assert (orthogonalize(matrix, iterations=1) - exact).norm() > bound * exact.norm()
+
+
 def test_muon_stacks_equal_shapes_without_mixing_them() -> None:
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(6, 4, generator=generator) for _ in range(3)]

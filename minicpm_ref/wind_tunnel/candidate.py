@@ -27,7 +27,7 @@ import torch
 
 from minicpm_ref.config import ModelConfig
 from minicpm_ref.model import MiniCPM
-from minicpm_ref.train import Recipe
+from minicpm_ref.training import Recipe
 
 PARAMETRIZATIONS = ("mup", "standard")
 

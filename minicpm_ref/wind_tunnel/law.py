@@ -5,9 +5,9 @@ numbers come out of a dozen runs, so most of the work is to know when they do *n
 
 * Residuals are those of log L, because a run's noise is a share of its loss. They are summed under a Huber loss
   (quadratic up to `delta`, linear beyond), so that one spoilt run pulls with a bounded force.
-* For given exponents the other three numbers are a linear problem. So the starts are a grid of exponents, each with its
-  linear solution; the best ones are polished by scipy. Sizes and losses are first divided by their geometric means: other
-  units, another order or a factor before the objective change nothing.
+* For given exponents the other three numbers are a linear problem. So the starts are a grid of exponents, each with
+  its linear solution; the best ones are polished by scipy. Sizes and losses are first divided by their geometric
+  means: other units, another order or a factor before the objective change nothing.
 * Bands: whole runs are drawn with replacement and everything is fitted again, starts included.
 * Data that cannot determine the law are refused in words. A curve with one D cannot tell B D^-beta from L_0; runs with
   D proportional to N cannot tell the first term from the second.
@@ -17,8 +17,8 @@ N and D must be counted one way in all runs (`Run.counting`); ours is `candidate
 
 Left out: a law for the batch size (MiniCPM: 1.21e9 / L^6.24 tokens), which needs runs at several batch sizes.
 
-Sources: MiniCPM, arXiv 2404.06395 section 4.4; Hoffmann et al., arXiv 2203.15556 section 3.3 and appendix D.3 (Huber loss
-on log residuals); Besiroglu et al., arXiv 2404.10102 (what stopping the minimiser early did to that fit).
+Sources: MiniCPM, arXiv 2404.06395 section 4.4; Hoffmann et al., arXiv 2203.15556 section 3.3 and appendix D.3 (Huber
+loss on log residuals); Besiroglu et al., arXiv 2404.10102 (what stopping the minimiser early did to that fit).
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def check_runs(runs: Sequence[Run]) -> None:
                 f"{len(values)} different {word}: the term in {letter} cannot be told from the constant; "
                 f"expected at least 3 {word}"
             )
-    n, d = (np.log([values for values in column]) for column in zip(*points, strict=True))
+    n, d = (np.log(np.array(column)) for column in zip(*points, strict=True))
     correlation = abs(float(np.corrcoef(n, d)[0, 1]))
     if correlation > 0.98:
         raise ValueError(

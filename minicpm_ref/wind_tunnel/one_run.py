@@ -22,10 +22,11 @@ from typing import Any
 import torch
 
 from minicpm_ref.checkpoint import save
-from minicpm_ref.data import Corpus, bits_per_byte, small_sample
+from minicpm_ref.data import Corpus, small_sample
+from minicpm_ref.evaluate import bits_per_byte
 from minicpm_ref.files import write_text
 from minicpm_ref.model import MiniCPM
-from minicpm_ref.train import Trainer
+from minicpm_ref.training import Trainer
 from minicpm_ref.wind_tunnel.candidate import Candidate, multiplied_parameters
 from minicpm_ref.wind_tunnel.tasks import Stopped, stop_requested
 
@@ -46,7 +47,8 @@ def open_corpus(settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> Corpu
 def train_until(trainer: Trainer, step: int) -> None:
     """Train up to `step`, saving the state every minute, at the end, and when asked to stop (raises `Stopped`)."""
     last = time.monotonic()
-    path = trainer.folder / "losses.jsonl"
+    # of several processes only the first one writes; all of them train and save together
+    path = trainer.folder / ("losses.jsonl" if trainer.part == 0 else f".losses.{trainer.part}")
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text("utf-8").splitlines()[: trainer.step] if path.exists() else []
     with open(path, "w", encoding="utf-8") as file:

@@ -1,34 +1,36 @@
-"""What was run for the recorded figures: every sweep as a list of tasks, in the order of their worth.
+"""What is run for the recorded figures: every sweep as a list of tasks, in the order of their worth.
 
-The whole plan is sized to about an hour of one CPU core (`minicpm-ref wind-tunnel sweep` says what is left of it). The
-learning-rate sweep is run at four widths 8x apart in both forms, with two more seeds at the ends around the best rates;
-the other knobs at the two ends under muP. The scaling runs follow the recipe of the embedded base (Muon, muP against
-width 256, decay over the last fifth), at sizes and token counts that are far below a quarter of the base's.
+The order matters because a sweep is cut off when time is up and what is finished then is what there is: first what the
+claims rest on, then more seeds, then more widths and knobs. `figures/data/wind_tunnel_runs.json` says how far it went.
+
+* Rates: widths 16 to 128, 8x apart, under muP and in the standard form; base width 32, where the two are one model.
+  The grids are in steps of 2 around each optimum, wide enough that it lies inside.
+* Law: one stable run a width with three decays, by the recipe of the embedded base (Muon, muP against width 256), at
+  sizes and token counts that are below a quarter of the base's.
+* Knobs: the other muP settings, one at a time away from their defaults.
+
+Budget: about 20 minutes of one core for rates and law, as much again for the second seeds, width 256 and the knobs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from minicpm_ref.wind_tunnel.candidate import Candidate
 from minicpm_ref.wind_tunnel.tasks import Task
 
 BASE_WIDTH = 32
-WIDTHS = (32, 64, 128, 256)
-RATES = {"mup": [2.0**-k for k in range(9, 2, -1)], "standard": [2.0**-k for k in range(10, 3, -1)]}
-SEEDS = (0, 1, 2)
+PROXY = Candidate(width=BASE_WIDTH, base_width=BASE_WIDTH, tokens=98_304, lr=2.0**-6)
 KNOBS = {
     "scale_emb": [1.5, 4.0, 12.0, 36.0, 108.0],
     "scale_depth": [0.175, 0.5, 1.4, 4.0, 11.2],
     "initializer_range": [0.0125, 0.035, 0.1, 0.28, 0.8],
 }
-PROXY = Candidate(width=BASE_WIDTH, base_width=BASE_WIDTH, tokens=98_304, lr=2.0**-6)
 
 LAW_WIDTHS = (16, 32, 64, 128)
-HELD_OUT_WIDTH = 256  # trained for the test of the predictions, never fitted
-STABLE_STEPS = {16: [64, 128, 256, 512, 720]} | dict.fromkeys((32, 64, 128), [64, 128, 256, 512, 720])
-STABLE_STEPS[HELD_OUT_WIDTH] = [64, 128, 256]
+STABLE_STEPS = (64, 160, 400)  # a decay from each of them; with `decay` 0.2 the runs have 80, 200 and 500 steps
 LAW = Candidate(
     width=16,
     base_width=256,
@@ -46,44 +48,67 @@ LAW = Candidate(
 )
 
 
-def train_task(name: str, candidate: Candidate, corpus_manifest_sha256: str) -> Task:
-    """The task that trains `candidate`."""
-    settings = candidate.settings() | {"corpus_manifest_sha256": corpus_manifest_sha256}
-    return Task(name, "minicpm_ref.wind_tunnel.one_run:train_candidate", settings)
+def powers(first: int, last: int) -> list[float]:
+    """2^-first, ..., 2^-last: rates in steps of 2."""
+    return [2.0**-k for k in range(first, last - 1, -1)]
 
 
-def rate_tasks(corpus: str, seeds: Sequence[int], widths: Sequence[int], rates: dict[str, list[float]]) -> list[Task]:
-    """The learning-rate sweep. At the base width the two forms are one, so it is run once."""
-    tasks = []
-    for seed in seeds:
-        for width in widths:
-            for form, grid in rates.items():
-                if width == BASE_WIDTH and form == "standard":
-                    continue
-                for lr in grid:
-                    candidate = replace(PROXY, width=width, parametrization=form, lr=lr, seed=seed)
-                    tasks.append(train_task(f"lr_{form}_{width}_{lr:.6f}_s{seed}", candidate, corpus))
-    return tasks
-
-
-def knob_tasks(corpus: str, lr: float, widths: Sequence[int] = (32, 256), seeds: Sequence[int] = (0,)) -> list[Task]:
-    """One knob at a time away from its default, under muP at the rate that the first sweep found."""
+def every_task(corpus: str) -> list[Task]:
+    """The whole plan for the corpus whose manifest has the SHA-256 `corpus`; the most valuable runs come first."""
     return [
-        train_task(
-            f"{knob}_{width}_{value:g}_s{seed}", replace(PROXY, width=width, lr=lr, seed=seed, **{knob: value}), corpus
-        )
-        for seed in seeds
-        for knob, values in KNOBS.items()
-        for width in widths
-        for value in values
+        *rate_tasks(corpus, [0], [BASE_WIDTH], {"mup": powers(9, 3)}),
+        *rate_tasks(corpus, [0], [128], {"mup": powers(8, 5), "standard": powers(10, 6)}),
+        *branch_tasks(corpus, LAW_WIDTHS),
+        *rate_tasks(corpus, [0], [16], {"mup": powers(8, 4), "standard": powers(8, 4)}),
+        *rate_tasks(corpus, [1, 2], [16], {"mup": powers(8, 5), "standard": powers(7, 4)}),
+        *rate_tasks(corpus, [1, 2], [128], {"mup": powers(8, 5), "standard": powers(10, 7)}),
+        *rate_tasks(corpus, [1, 2], [BASE_WIDTH], {"mup": powers(8, 5)}),
+        *rate_tasks(corpus, [0], [64], {"mup": powers(8, 5), "standard": powers(9, 6)}),
+        *rate_tasks(corpus, [0], [256], {"mup": powers(8, 5), "standard": powers(11, 8)}),
+        *knob_tasks(corpus, PROXY.lr),
     ]
 
 
-def branch_tasks(corpus: str, widths: Sequence[int]) -> Iterator[Task]:
+def train_task(name: str, candidate: Candidate, corpus: str) -> Task:
+    """The task that trains `candidate`."""
+    settings = candidate.settings() | {"corpus_manifest_sha256": corpus}
+    return Task(name, "minicpm_ref.wind_tunnel.one_run:train_candidate", settings)
+
+
+def rate_tasks(
+    corpus: str, seeds: Sequence[int], widths: Sequence[int], rates: Mapping[str, Sequence[float]]
+) -> list[Task]:
+    """A learning-rate sweep: `rates` lists them for each form. At the base width the two forms are one model."""
+    return [
+        train_task(
+            f"lr_{form}_{width}_{lr:.6f}_s{seed}",
+            replace(PROXY, width=width, parametrization=form, lr=lr, seed=seed),
+            corpus,
+        )
+        for seed in seeds
+        for width in widths
+        for form, grid in rates.items()
+        for lr in grid
+    ]
+
+
+def knob_tasks(corpus: str, lr: float, widths: Sequence[int] = (16, 128), seeds: Sequence[int] = (0,)) -> list[Task]:
+    """One knob at a time away from its default, under muP at the rate that the first sweep found."""
+    tasks = []
+    for seed in seeds:
+        for knob, values in KNOBS.items():
+            for width in widths:
+                for value in values:
+                    changes: dict[str, Any] = {"width": width, "lr": lr, "seed": seed, knob: value}
+                    tasks.append(train_task(f"{knob}_{width}_{value:g}_s{seed}", replace(PROXY, **changes), corpus))
+    return tasks
+
+
+def branch_tasks(corpus: str, widths: Sequence[int], stable_steps: Sequence[int] = STABLE_STEPS) -> Iterator[Task]:
     """A stable run with its decays at each width."""
     for width in widths:
         settings = replace(LAW, width=width).settings() | {
-            "stable_steps": STABLE_STEPS[width],
+            "stable_steps": list(stable_steps),
             "corpus_manifest_sha256": corpus,
         }
         yield Task(f"law_{width}", "minicpm_ref.wind_tunnel.one_run:train_branches", settings)

@@ -17,10 +17,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import connection, get_context
 from pathlib import Path
@@ -56,8 +57,9 @@ def run_tasks(
     """Run every task that has no record below `folder` yet; returns the outcomes in the order of `tasks`.
 
     `workers` processes of `threads` threads each run at a time; with `ray` ("auto" or the address of a cluster) Ray
-    decides how many. Raises ValueError for two tasks of one name or a record of other settings, RuntimeError when
-    another run is using the folder.
+    decides how many. Raises KeyboardInterrupt on Ctrl-C or SIGTERM, once the runs have saved their state;
+    ValueError for two tasks of one name or a record of other settings; RuntimeError when another run is using the
+    folder.
 
     >>> run_tasks([Task("root", "math:sqrt", {})], "runs/example")      # doctest: +SKIP
     """
@@ -75,7 +77,8 @@ def run_tasks(
             else:
                 outcomes[task.name] = Outcome(task.name, "kept")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        showing = Progress(*columns, console=console, disable=not console.is_terminal)
+        with _interruptible(), showing as progress:
             bar = progress.add_task("runs", total=len(tasks), completed=len(outcomes))
 
             def report(outcome: Outcome) -> None:
@@ -147,14 +150,29 @@ def _output_into(path: Path) -> Iterator[None]:
 
 
 def _serve(pipe: connection.Connection, folder: Path, inputs: Mapping[str, Any], threads: int) -> None:
-    """A worker: takes tasks from the pipe until it closes. Ctrl-C lets the run in it save and stop."""
-    signal.signal(signal.SIGINT, lambda *_: request_stop())
+    """A worker: takes tasks from the pipe until it closes. SIGINT and SIGTERM let the run in it save and stop."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: request_stop())
     while True:
         try:
-            task = pipe.recv()
-        except EOFError:
+            pipe.send(attempt(pipe.recv(), folder, inputs, threads))
+        except (EOFError, BrokenPipeError):  # whoever asked has gone, or has nothing more to ask
             return
-        pipe.send(attempt(task, folder, inputs, threads))
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt as Ctrl-C does, and SIGINT does so even in a process started with `&`, where the
+    shell has it ignored. Outside the main thread Python allows no handlers, and nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def run_pool(
@@ -203,9 +221,10 @@ def run_pool(
     except KeyboardInterrupt:
         for process in crew:
             os.kill(process.pid, signal.SIGINT)
-        for process, (pipe, _) in crew.items():
-            pipe.close()  # a worker that has saved finds no further task
-            process.join(PATIENCE)
+        for pipe, _ in crew.values():
+            if pipe.poll(PATIENCE):
+                with suppress(EOFError):  # it died instead of stopping; its state of a minute ago remains
+                    report(pipe.recv())
         raise
     finally:
         for process, pipe in [*idle, *((process, pipe) for process, (pipe, _) in crew.items())]:

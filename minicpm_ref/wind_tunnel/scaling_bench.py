@@ -76,7 +76,7 @@ def make_questions(documents: Sequence[Document], per_kind: int = 40) -> list[Qu
     >>> make_questions(held_out, 1)[0].kind
     'close_bracket'
     """
-    found: dict[str, list[Question]] = {kind: [] for kind in KINDS}
+    found: dict[str, dict[str, Question]] = {kind: {} for kind in KINDS}
     imports = sorted({name for document in documents for _, name in _imports(document.text)})
     for document in documents:
         pieces = read_pieces(document.text)
@@ -87,12 +87,12 @@ def make_questions(documents: Sequence[Document], per_kind: int = 40) -> list[Qu
             *_indentation(document, pieces),
             *_arithmetic(document, pieces),
         ):
-            found[question.kind].append(question)
+            found[question.kind].setdefault(question.prompt, question)
     # the order of a hash is as good as random and the same on every machine
     return [
         question
         for kind in KINDS
-        for question in sorted(found[kind], key=lambda q: _digest(q.source, q.prompt, q.solution))[:per_kind]
+        for question in sorted(found[kind].values(), key=lambda q: _digest(q.source, q.prompt, q.solution))[:per_kind]
     ]
 
 
@@ -130,12 +130,14 @@ def _digest(*parts: object) -> bytes:
     return hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
 
 
-def _question(kind: str, document: Document, prompt: str | None, right: str, wrong: Sequence[str]) -> Iterator[Question]:
+def _question(
+    kind: str, document: Document, prompt: str | None, right: str, wrong: Sequence[str]
+) -> Iterator[Question]:
     """The question, its options in the order of a hash; nothing when it would be ambiguous."""
     options = [right, *wrong]
     if prompt is None or len(set(options)) != OPTIONS or any(a.startswith(b) for a, b in permutations(options, 2)):
         return
-    options.sort(key=lambda option: _digest(document.path, prompt, option))
+    options.sort(key=lambda option: _digest("order", document.path, prompt, option))
     yield Question(kind, prompt, tuple(options), options.index(right), document.path)
 
 
@@ -212,6 +214,8 @@ def _arithmetic(document: Document, pieces: Sequence[Piece]) -> Iterator[Questio
     numbers = [int(p.text) for p in pieces if p.kind == tokenize.NUMBER and re.fullmatch(r"[1-9]\d?", p.text)]
     for a, b, c, d, e, f in zip(*(numbers[i::6] for i in range(6)), strict=False):
         prompt = f">>> {a} + {b}\n{a + b}\n>>> {c} + {d}\n{c + d}\n>>> {e} + {f}\n"
+        if len({(a, b), (c, d), (e, f)}) < 3:
+            continue  # a sum that has just been solved is copied, not calculated
         total = e + f
         wrong = [f"{other}\n" for other in (total + 1, total + 10, abs(total - 2))]
         yield from _question("arithmetic", document, prompt, f"{total}\n", wrong)

@@ -150,12 +150,14 @@ def cheapest_for_score(
             plans.append(cheapest(one_law, one_sigmoid.loss_for(score), costs, limits))
         except ValueError:  # out of this sigmoid's range, or infeasible under this law
             failed += 1
-    bands = {name: quantiles([getattr(p, name) for p in plans], coverage) for name in ("n", "d", "cost")} if plans else {}
+    bands = (
+        {name: quantiles([getattr(p, name) for p in plans], coverage) for name in ("n", "d", "cost")} if plans else {}
+    )
     return plan, bands, failed
 
 
 def _minimum(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a convex function is least on [low, high]: golden section, which needs no derivative and cannot leave it."""
+    """Where a convex function is least on [low, high]: golden section, which needs no derivative."""
     ratio = (math.sqrt(5) - 1) / 2
     a, b = low, high
     left, right = b - ratio * (b - a), a + ratio * (b - a)
@@ -201,9 +203,7 @@ def _explain(
         names = list(allowed)
         pairs = [(one, two) for i, one in enumerate(names) for two in names[i + 1 :]]
         binding = next(
-            pair
-            for pair in pairs
-            if max(allowed[name][0] for name in pair) > min(allowed[name][1] for name in pair)
+            pair for pair in pairs if max(allowed[name][0] for name in pair) > min(allowed[name][1] for name in pair)
         )
     listed = " together with ".join(words[name] for name in binding)
     return Infeasible(f"loss {loss:.4f} cannot be reached with {listed}: relax it, or aim lower", binding)

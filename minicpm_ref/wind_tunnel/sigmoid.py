@@ -4,10 +4,10 @@ score(loss) = floor + (ceiling - floor) / (1 + exp(slope (loss - middle)))
 
 A model that knows nothing still scores the guessing rate, and a perfect one may stay below 1 because some tasks are
 ambiguous; between the two the score rises as the loss falls. The floor is known from the tasks and is not fitted: tiny
-models sit on it, and a fitted floor would explain their noise. Three numbers are fitted, by least squares on the scores.
+models sit on it, and a fitted floor would explain their noise. Three numbers are fitted by least squares on scores.
 
-The band is a bootstrap over *tasks*: the same tasks are drawn for every model, losses and scores are computed again, and
-the sigmoid is fitted again. So it holds what a finite set of tasks leaves open, which for a hundred tasks is most of it.
+The band is a bootstrap over *tasks*: the same tasks are drawn for every model, losses and scores are computed again,
+and the sigmoid is fitted again. So it holds what a finite set of tasks leaves open, which is most of it.
 
 Source: MiniCPM4 technical report (arXiv 2506.07900) section 2.3; Gadre et al., arXiv 2403.08540 (loss to task error).
 """

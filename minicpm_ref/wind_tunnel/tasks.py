@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 import re
 import threading
 import time
@@ -27,8 +28,8 @@ from typing import Any
 
 import torch
 
-from minicpm_ref.card import machine
 from minicpm_ref.files import write_text
+from minicpm_ref.machine import machine
 
 RECORD, COST, LOG = "result.json", "cost.json", "log.txt"
 _stop = threading.Event()
@@ -101,13 +102,18 @@ def finished(task: Task, folder: str | Path) -> dict[str, Any] | None:
 
 
 def execute(task: Task, folder: str | Path, inputs: Mapping[str, Any]) -> None:
-    """Run `task` in this process and write its record. Raises whatever the function raises."""
+    """Run `task` in this process and write its record. Raises whatever the function raises.
+
+    Of several processes (torchrun) the first one writes.
+    """
     where = Path(folder) / task.name
     where.mkdir(parents=True, exist_ok=True)
     module, _, name = task.function.partition(":")
     function = getattr(importlib.import_module(module), name)
     begin, cpu = time.monotonic(), time.process_time()
     result = function(task.settings, where, inputs)
+    if int(os.environ.get("RANK", 0)):
+        return
     cost = {
         "seconds": round(time.monotonic() - begin, 2),
         "cpu_seconds": round(time.process_time() - cpu, 2),

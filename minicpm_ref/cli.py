@@ -21,6 +21,7 @@ from minicpm_ref.machine import usable_device
 from minicpm_ref.terminal import accept_any_text, show
 from minicpm_ref.tokenizer import Tokenizer, stream_text
 from minicpm_ref.ultraclean import commands as clean_commands
+from minicpm_ref.wind_tunnel import commands as wind_tunnel_commands
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,6 +31,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(clean_commands.app, name="clean")
+app.add_typer(wind_tunnel_commands.app, name="wind-tunnel")
 console = Console(emoji=False)
 
 Source = Annotated[

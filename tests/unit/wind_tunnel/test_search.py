@@ -7,8 +7,17 @@ import math
 import numpy as np
 import pytest
 
-from minicpm_ref.wind_tunnel import Costs, FittedLaw, FittedSigmoid, Infeasible, Law, Limits, Sigmoid
-from minicpm_ref.wind_tunnel import cheapest, cheapest_for_score
+from minicpm_ref.wind_tunnel import (
+    Costs,
+    FittedLaw,
+    FittedSigmoid,
+    Infeasible,
+    Law,
+    Limits,
+    Sigmoid,
+    cheapest,
+    cheapest_for_score,
+)
 
 LAW = Law(a=406.4, alpha=0.34, b=410.7, beta=0.28, floor=1.69)
 TARGET = 2.4

@@ -1,4 +1,4 @@
-"""The sweep: finished runs are never repeated, failed ones are reported and the rest go on, and it stops and resumes."""
+"""The sweep: finished runs are not repeated, failed ones are reported and the rest go on; it stops and resumes."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ matplotlib.use("Agg")
 import charts_kernels  # noqa: E402  # after the backend is chosen
 import charts_training  # noqa: E402
 import charts_ultraclean  # noqa: E402
+import charts_wind_tunnel  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
@@ -50,6 +51,10 @@ FIGURES: dict[str, tuple[str | Callable[[], dict[str, Any]], Callable[[dict[str,
     "ternary_training": ("ternary_training", charts_training.ternary_training),
     "ternary_ablation": ("ternary_ablation", charts_training.ternary_ablation),
     "ultraclean": ("ultraclean", charts_ultraclean.ultraclean),
+    "wind_tunnel_coordinates": ("wind_tunnel_coordinates", charts_wind_tunnel.coordinates),
+    "wind_tunnel_rates": ("wind_tunnel_rates", charts_wind_tunnel.rates),
+    "wind_tunnel_law": ("wind_tunnel_law", charts_wind_tunnel.law),
+    "wind_tunnel_bench": ("wind_tunnel_bench", charts_wind_tunnel.bench),
     "base_training": (base_card, charts_training.base_training),
 }
 

@@ -66,6 +66,7 @@ from minicpm_ref.cases.training import (
     OrthogonalizeCase,
     WsdCase,
 )
+from minicpm_ref.cases.wind_tunnel import MULTIPLIED_PARAMETERS, MultipliedParametersCase
 
 
 class Case(Protocol):
@@ -106,9 +107,12 @@ TABLES: dict[str, Sequence[Case]] = {
     "orthogonalize": ORTHOGONALIZE,
     "bits_per_byte": BITS_PER_BYTE,
     "process_logits": PROCESS_LOGITS,
+    "multiplied_parameters": MULTIPLIED_PARAMETERS,
 }
 
 __all__ = [
+    "MULTIPLIED_PARAMETERS",
+    "MultipliedParametersCase",
     "ADD_RMS_NORM",
     "APPLY_ROPE",
     "BITS_PER_BYTE",

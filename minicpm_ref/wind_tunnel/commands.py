@@ -27,21 +27,29 @@ Limit = Annotated[float, typer.Option(help="Upper limit; none by default.")]
 def coordinates(
     widths: Annotated[str, typer.Option(help="Comma-separated widths, multiples of 16.")] = "64,128,256,512",
     steps: Annotated[int, typer.Option(min=1, help="Training steps before the sizes are compared.")] = 5,
+    record: Annotated[Path | None, typer.Option(help="Folder for wind_tunnel_coordinates.json.")] = None,
 ) -> None:
     """Does every layer move alike at every width? Slopes of size against width, under muP and in the standard form."""
+    from minicpm_ref.files import write_text
     from minicpm_ref.wind_tunnel.candidate import PARAMETRIZATIONS, Candidate
     from minicpm_ref.wind_tunnel.coordinates import FLAT, coordinate_check, slopes
+    from minicpm_ref.wind_tunnel.record import circumstances
 
     chosen = [int(width) for width in widths.split(",")]
-    found = {}
+    found, sizes = {}, []
     for form in PARAMETRIZATIONS:
-        candidate = Candidate(min(chosen), min(chosen), 0, 2.0**-6, form)
-        found[form] = slopes(coordinate_check(candidate, chosen, steps))
+        candidate = Candidate(min(chosen), min(chosen), 0, 2.0**-8, form)
+        measured = coordinate_check(candidate, chosen, steps)
+        found[form] = slopes(measured)
+        sizes += [vars(size) for size in measured]
     table = Table("place", *PARAMETRIZATIONS, title=f"slope of log change against log width, step {steps}")
     for place in found["mup"]:
         marks = [f"{slope[place]:+.2f}{'' if abs(slope[place]) < FLAT else '  drifts'}" for slope in found.values()]
         table.add_row(place, *marks)
     console.print(table)
+    if record is not None:
+        results = circumstances() | {"settings": {"lr": 2.0**-8, "base_width": min(chosen)}, "sizes": sizes}
+        write_text(record / "wind_tunnel_coordinates.json", json.dumps(results) + "\n")
 
 
 @app.command()

@@ -117,20 +117,19 @@ def fit_sigmoid(losses: Sequence[float], scores: Sequence[float], floor: float) 
         return predicted
 
     best = None
-    for ceiling in (0.7, 1.0):
-        for slope in (2 / spread, 8 / spread):
-            for middle in np.quantile(x, (0.1, 0.5, 0.9)):
-                found = least_squares(
-                    residuals,
-                    [max(ceiling, floor + 0.1), math.log(slope), middle],
-                    # a middle far outside the data would make the curve an exponential without a ceiling
-                    bounds=(
-                        [floor + 0.01, math.log(0.1 / spread), x.min() - 2 * spread],
-                        [1.0001, math.log(100 / spread), x.max() + spread],
-                    ),
-                )
-                if best is None or found.cost < best.cost:
-                    best = found
+    for slope in (2 / spread, 8 / spread):
+        for middle in np.quantile(x, (0.1, 0.5, 0.9)):
+            found = least_squares(
+                residuals,
+                [min(1.0, max(float(y.max()), floor + 0.1)), math.log(slope), middle],
+                # a middle far outside the data would make the curve an exponential without a ceiling
+                bounds=(
+                    [floor + 0.01, math.log(0.1 / spread), x.min() - 2 * spread],
+                    [1.0001, math.log(100 / spread), x.max() + spread],
+                ),
+            )
+            if best is None or found.cost < best.cost:
+                best = found
     assert best is not None
     return Sigmoid(floor, min(1.0, float(best.x[0])), math.exp(best.x[1]), float(best.x[2]))
 

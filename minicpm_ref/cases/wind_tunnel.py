@@ -25,12 +25,12 @@ class MultipliedParametersCase:
         return (self.config,)
 
 
-_BASE = ModelConfig(4096, 256, 4, 4, 1, 576)
+_BASE = ModelConfig(4096, 256, 4, 4, 1, 576, 512)
 MULTIPLIED_PARAMETERS: tuple[MultipliedParametersCase, ...] = (
     MultipliedParametersCase("base", _BASE),
     MultipliedParametersCase("tied", replace(_BASE, tie_word_embeddings=True)),
     MultipliedParametersCase("one-layer", replace(_BASE, num_hidden_layers=1)),
     MultipliedParametersCase("no-groups", replace(_BASE, num_key_value_heads=4)),
-    MultipliedParametersCase("narrow", ModelConfig(480, 16, 2, 1, 1, 48)),
-    MultipliedParametersCase("prime", ModelConfig(257, 22, 3, 11, 1, 13)),
+    MultipliedParametersCase("narrow", ModelConfig(480, 16, 2, 1, 1, 48, 64)),
+    MultipliedParametersCase("prime", ModelConfig(257, 22, 3, 11, 1, 13, 64)),
 )

@@ -67,7 +67,7 @@ def test_a_base_is_asked_for() -> None:
 
 
 def test_parameters_and_flops_are_counted_by_the_named_convention() -> None:
-    config = ModelConfig(4096, 256, 4, 4, 1, 576)
+    config = ModelConfig(4096, 256, 4, 4, 1, 576, 512)
     assert multiplied_parameters(config) == 2_424_832 + 1_048_576
     assert training_flops(config, 1) == 20_840_448
     tied = replace(config, tie_word_embeddings=True)

@@ -111,8 +111,6 @@ TABLES: dict[str, Sequence[Case]] = {
 }
 
 __all__ = [
-    "MULTIPLIED_PARAMETERS",
-    "MultipliedParametersCase",
     "ADD_RMS_NORM",
     "APPLY_ROPE",
     "BITS_PER_BYTE",
@@ -122,6 +120,7 @@ __all__ = [
     "COMPRESS_KEYS",
     "DEQUANTIZE",
     "FAKE_QUANTIZE",
+    "MULTIPLIED_PARAMETERS",
     "ORTHOGONALIZE",
     "PACK",
     "PICK_BLOCKS",
@@ -147,6 +146,7 @@ __all__ = [
     "CompressKeysCase",
     "DequantizeCase",
     "FakeQuantizeCase",
+    "MultipliedParametersCase",
     "NormCase",
     "OrthogonalizeCase",
     "PackCase",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -36,7 +36,8 @@ def coordinates(
     from minicpm_ref.wind_tunnel.record import circumstances
 
     chosen = [int(width) for width in widths.split(",")]
-    found, sizes = {}, []
+    found: dict[str, dict[str, float]] = {}
+    sizes: list[dict[str, Any]] = []
     for form in PARAMETRIZATIONS:
         candidate = Candidate(min(chosen), min(chosen), 0, 2.0**-8, form)
         measured = coordinate_check(candidate, chosen, steps)

@@ -8,8 +8,12 @@ The rule: on a GPU the triton kernel, on a CPU the numba kernel, if the operatio
 installed; otherwise torch, the reference. `MINICPM_BACKEND=torch`, `triton` or `numba` replaces the rule for every
 operation that has such an implementation.
 
-triton and numba are imported when a kernel is first asked for, so that `import
-minicpm_ref` works where they are not installed.
+Some calls a kernel cannot take: most have no gradient, none has float64. By the rule the reference takes those
+(`choose_for`); a backend that was asked for by name raises instead, since falling back would be 25 times slower without
+a word.
+
+triton and numba are imported when a kernel is first asked for, so that `import minicpm_ref` works where they are not
+installed.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 ENVIRONMENT = "MINICPM_BACKEND"
 BACKENDS = ("auto", "torch", "triton", "numba")
@@ -55,6 +60,30 @@ def choose(operation: str, device: torch.device | str = "cpu") -> str:
     backend whose package is not installed.
     """
     return explain(operation, device).backend
+
+
+def choose_for(operation: str, *tensors: Tensor, obstacle: str = "") -> str:
+    """The backend that runs `operation` on these float tensors, all on one device: `choose`, but "torch" for a call
+    that the kernel cannot take, which is one with a gradient, in float64, or with another `obstacle`, in words.
+
+    Raises as `choose`, and RuntimeError when MINICPM_BACKEND names the backend that cannot take the call.
+    """
+    chosen = choose(operation, tensors[0].device)
+    if chosen == "torch":
+        return chosen
+    if not obstacle and any(tensor.dtype == torch.float64 for tensor in tensors):
+        obstacle = "float64"
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if not obstacle and differentiable and not _kernels(operation)[chosen].gradients:
+        obstacle = "a gradient: call the model under torch.no_grad()"
+    if not obstacle:
+        return chosen
+    if os.environ.get(ENVIRONMENT, "auto").lower() == chosen:
+        raise RuntimeError(
+            f"{ENVIRONMENT}={chosen}: the {chosen} kernel of {operation} does not do {obstacle}; unset {ENVIRONMENT} "
+            "to let the reference take such calls"
+        )
+    return "torch"
 
 
 def kernel(operation: str, backend: str) -> Callable[..., Any]:
@@ -102,19 +131,33 @@ def describe() -> list[Choice]:
     """What would run on the devices of this machine, a row an operation and device."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rows = [explain(operation, device) for operation in OPERATIONS for device in devices]
-    return [row._replace(reason=row.reason + _instruction_set(row)) for row in rows]
+    return [row._replace(reason=row.reason + _instruction_set(row) + _limits(row)) for row in rows]
 
 
-@functools.cache
 def _modules(operation: str) -> dict[str, str]:
     """Backend -> module that holds the function of that name."""
     if operation not in OPERATIONS:
         raise ValueError(f"operation {operation!r}: expected one of {', '.join(OPERATIONS)}")
-    modules = {"torch": OPERATIONS[operation]}
-    if importlib.util.find_spec("minicpm_kernels") is not None:
-        registry = importlib.import_module("minicpm_kernels.registry")  # imports neither triton nor numba
-        modules |= {kernel.language: kernel.module for kernel in registry.KERNELS if kernel.name == operation}
-    return modules
+    kernels = {language: kernel.module for language, kernel in _kernels(operation).items()}
+    return {"torch": OPERATIONS[operation]} | kernels
+
+
+@functools.cache
+def _kernels(operation: str) -> dict[str, Any]:
+    """Backend -> entry of `minicpm_kernels.registry`, if that package is there."""
+    if importlib.util.find_spec("minicpm_kernels") is None:
+        return {}
+    registry = importlib.import_module("minicpm_kernels.registry")  # imports neither triton nor numba
+    return {kernel.language: kernel for kernel in registry.KERNELS if kernel.name == operation}
+
+
+def _limits(row: Choice) -> str:
+    """Which calls the reference takes although a kernel was chosen."""
+    if row.backend == "torch":
+        return ""
+    kernel = _kernels(row.operation)[row.backend]
+    limits = [*([] if kernel.gradients else ["gradients"]), "float64", *([kernel.limit] if kernel.limit else [])]
+    return f"; the reference takes {', '.join(limits)}"
 
 
 def _instruction_set(row: Choice) -> str:

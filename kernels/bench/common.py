@@ -38,6 +38,7 @@ from typing import Any
 import torch
 
 from minicpm_kernels import testing
+from minicpm_ref.machine import cpu_name
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "figures" / "data"
@@ -67,16 +68,6 @@ def record_device(device: str) -> dict[str, Any]:
     else:
         found["name"] = found["cpu"]
     return found
-
-
-def cpu_name() -> str:
-    """The processor's model name, as far as the system tells it."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def query_gpu(fields: str) -> str | None:

@@ -9,7 +9,7 @@ Kernels:
 - `ops`   RMSNorm, alone and fused with the residual add
 - `sparse`   InfLLM-V2: `blocks` chooses, `attention` attends, `tree` does so for drafts; the kernels of the last two
   are in `one_token`, `union` (prompts) and `backward`, what they share in `arguments` and `windows`. `cpu` has both
-  stages on a CPU, for inference; its machine code is put together in `_cpu_codegen`
+  stages on a CPU, for inference; its machine code is put together in `_cpu_vectors`
 - `lowbit`   BitCPM: `ternary_triton`, `ternary_triton_int8` multiply packed ternary weights with floats, or with
   activations rounded to int8, on a GPU; the former's assembly is in `_ternary_triton_asm`. `ternary_cpu` is the same on
   a CPU, in int8; its machine code is put together in `_ternary_cpu_codegen`

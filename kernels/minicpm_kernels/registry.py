@@ -25,7 +25,8 @@ class Kernel:
     language. `module` holds the kernel, `reference` is the module of the function that it must equal. `parts` are
     modules with pieces of it, which nothing else launches: jitted functions, and unchecked functions that launch
     them. `softmax` says that the first two arguments are q and k, whose products are exponentiated: the judge then
-    allows for units in the last place of the largest logit.
+    allows for units in the last place of the largest logit. `gradients`: whether it is differentiable (or has nothing
+    to differentiate), `limit`: which other calls it refuses, in words.
     """
 
     name: str
@@ -35,6 +36,8 @@ class Kernel:
     dtypes: tuple[str, ...] = ("float32", "float16")  # of the float arguments, in tests without a GPU
     parts: tuple[str, ...] = ()
     softmax: bool = False
+    gradients: bool = False
+    limit: str = ""
 
 
 NVIDIA = ("sm_80", "sm_90")
@@ -70,15 +73,38 @@ class CompileConfig:
     fp_fusion: bool = True
 
 
+_GROUPS = "group sizes other than 128"
+
 KERNELS: tuple[Kernel, ...] = (
     Kernel("rms_norm", "minicpm_kernels.ops", "minicpm_ref.ops", "triton"),
     Kernel("add_rms_norm", "minicpm_kernels.ops", "minicpm_ref.ops", "triton"),
-    Kernel("ternary_matmul", "minicpm_kernels.lowbit.ternary_triton", "minicpm_ref.lowbit.ternary", "triton"),
-    Kernel("ternary_matmul_int8", "minicpm_kernels.lowbit.ternary_cpu", "minicpm_ref.lowbit.ternary", "numba"),
-    Kernel("ternary_matmul_int8", "minicpm_kernels.lowbit.ternary_triton_int8", "minicpm_ref.lowbit.ternary", "triton"),
+    Kernel(
+        "ternary_matmul", "minicpm_kernels.lowbit.ternary_triton", "minicpm_ref.lowbit.ternary", "triton", limit=_GROUPS
+    ),
+    Kernel(
+        "ternary_matmul_int8",
+        "minicpm_kernels.lowbit.ternary_cpu",
+        "minicpm_ref.lowbit.ternary",
+        "numba",
+        limit=_GROUPS,
+    ),
+    Kernel(
+        "ternary_matmul_int8",
+        "minicpm_kernels.lowbit.ternary_triton_int8",
+        "minicpm_ref.lowbit.ternary",
+        "triton",
+        limit=_GROUPS,
+    ),
     Kernel("compress_keys", "minicpm_kernels.sparse.blocks", "minicpm_ref.sparse.blocks", "triton"),
     # lists of 16-bit inputs hang on rounding: sparse/test_blocks.py compares the scores of what was chosen
-    Kernel("select_blocks", "minicpm_kernels.sparse.blocks", "minicpm_ref.sparse.blocks", "triton", ("float32",)),
+    Kernel(
+        "select_blocks",
+        "minicpm_kernels.sparse.blocks",
+        "minicpm_ref.sparse.blocks",
+        "triton",
+        ("float32",),
+        gradients=True,
+    ),
     Kernel(
         "sparse_attention",
         "minicpm_kernels.sparse.attention",
@@ -86,9 +112,17 @@ KERNELS: tuple[Kernel, ...] = (
         "triton",
         parts=tuple(f"minicpm_kernels.sparse.{part}" for part in ("one_token", "union", "backward")),
         softmax=True,
+        gradients=True,
     ),
     # as above
-    Kernel("select_blocks", "minicpm_kernels.sparse.cpu", "minicpm_ref.sparse.blocks", "numba", ("float32",)),
+    Kernel(
+        "select_blocks",
+        "minicpm_kernels.sparse.cpu",
+        "minicpm_ref.sparse.blocks",
+        "numba",
+        ("float32",),
+        gradients=True,
+    ),
     Kernel("sparse_attention", "minicpm_kernels.sparse.cpu", "minicpm_ref.sparse.attention", "numba", softmax=True),
     Kernel(
         "sparse_tree_attention",

@@ -8,8 +8,8 @@ renames a tensor of the checkpoint.
   `quantization_aware(model)`.
 - `TernaryLinear` holds packed codes and scales and nothing else: `to_ternary(model)`, `install_ternary` from a file.
 - `MergedTernaryLinear` answers q, k and v (or gate and up) in one kernel call: they read the same x, so one call
-  quantizes x once and enters one parallel region where three would. It takes effect in modules that reserve the
-  attribute (`MERGES`).
+  quantizes x once and enters one parallel region where three would. It takes effect in modules that ask for it: their
+  `merges` names the attribute to fill and the linears to merge.
 
 How QAT and packed inference agree: codes and scales are identical for float32 parameters (see `ternary`), so with
 float activations the outputs differ by the order of a float32 sum. With int8 activations, which the CPU kernel uses,
@@ -21,6 +21,7 @@ Source: MiniCPM4 technical report (arXiv 2506.07900) section 3.3.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -135,10 +136,6 @@ class MergedTernaryLinear(nn.Module):
         return self
 
 
-# attribute that the decoder's modules reserve -> the linears that read the same input
-MERGES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
 def quantization_aware(model: nn.Module, group_size: int = 128, grid: str = "ternary") -> nn.Module:
     """Make every linear inside `model.model.layers` quantization-aware, in place; returns the model.
 
@@ -191,13 +188,14 @@ def install_ternary(model: nn.Module, tensors: Mapping[str, Tensor], metadata: M
     """
     linears = {name: (parent, attribute, linear) for name, parent, attribute, linear in _block_linears(model)}
     packed = {}
-    for name, matrix in unpack_tensors(tensors, metadata).items():
+    for name, matrix in unpack_tensors(tensors, metadata):
         if name not in linears:
             raise ValueError(f"{name}: packed ternary in the file, but the model has no such linear in its layers")
         _, _, linear = linears[name]
         if matrix.codes.shape != linear.weight.shape:
             raise ValueError(f"{name}: {list(matrix.codes.shape)} in the file, expected {list(linear.weight.shape)}")
-        packed[name] = TernaryLinear(matrix, name=name)
+        packed[name] = TernaryLinear(matrix, name=name)  # two bits a code again
+        del matrix
     for name, layer in packed.items():
         parent, attribute, _ = linears[name]
         setattr(parent, attribute, layer)
@@ -205,15 +203,23 @@ def install_ternary(model: nn.Module, tensors: Mapping[str, Tensor], metadata: M
     return [f"{name}.{part}" for name in packed for part in ("codes", "scales")]
 
 
+def copy_packed(model: nn.Module, other: nn.Module) -> None:
+    """Give `other`, a decoder of the same layers, copies of the packed layers of `model`."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, TernaryLinear):
+            parent, _, attribute = name.rpartition(".")
+            setattr(other.get_submodule(parent), attribute, copy.deepcopy(layer))
+    _merge(other)
+
+
 def _multiply(x: Tensor, codes: Tensor, scales: Tensor, group_size: int, activations: str | None) -> Tensor:
     """x times the packed matrix, by the implementation that can do it and is the fastest here."""
-    kernels = group_size == KERNEL_GROUP_SIZE and not (torch.is_grad_enabled() and x.requires_grad)
-    if kernels and activations is None:
-        chosen = backend.choose("ternary_matmul_int8", x.device)
-        if chosen == "numba":
-            return cast(Tensor, backend.kernel("ternary_matmul_int8", chosen)(x, codes, scales, group_size))
-    operation = "ternary_matmul_int8" if activations == "int8" else "ternary_matmul"
-    chosen = backend.choose(operation, x.device) if kernels else "torch"
+    obstacle = "" if group_size == KERNEL_GROUP_SIZE else f"group_size {group_size}"
+    operation = "ternary_matmul" if activations == "float" else "ternary_matmul_int8"
+    chosen = backend.choose_for(operation, x, obstacle=obstacle)
+    if activations is None and chosen != "numba":  # elsewhere rounding the activations gains nothing
+        operation = "ternary_matmul"
+        chosen = backend.choose_for(operation, x, obstacle=obstacle)
     return cast(Tensor, backend.kernel(operation, chosen)(x, codes, scales, group_size))
 
 
@@ -233,11 +239,11 @@ def _block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.L
 
 
 def _merge(model: nn.Module) -> None:
-    """Fill the attributes of `MERGES` that a module reserves, where all of its parts are packed."""
+    """Fill the attributes that a module's `merges` names, where all the parts are packed."""
     for parent in model.modules():
-        for attribute, names in MERGES.items():
-            parts = [getattr(parent, name, None) for name in names]
-            if hasattr(parent, attribute) and all(isinstance(part, TernaryLinear) for part in parts):
+        for attribute, names in getattr(parent, "merges", {}).items():
+            parts = [getattr(parent, name) for name in names]
+            if all(isinstance(part, TernaryLinear) for part in parts):
                 setattr(parent, attribute, MergedTernaryLinear(cast(list[TernaryLinear], parts)))
 
 

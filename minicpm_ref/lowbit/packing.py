@@ -30,7 +30,7 @@ trits.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,13 +161,15 @@ def pack_tensors(
     return tensors, {METADATA_KEY: json.dumps({"packing": packing, "matrices": layout})}
 
 
-def unpack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> dict[str, TernaryTensor]:
-    """The inverse of `pack_tensors`; tensors that the metadata does not list are not looked at.
+def unpack_tensors(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
+) -> Iterator[tuple[str, TernaryTensor]]:
+    """The inverse of `pack_tensors`, a matrix at a time: a byte a code is five times what the file needs, so a loader
+    must not hold all of them. Tensors that the metadata does not list are not looked at.
 
-    Empty for a file without ternary metadata. Raises ValueError, naming the tensor, for a missing or damaged one.
+    Nothing for a file without ternary metadata. Raises ValueError, naming the tensor, for a missing or damaged one.
     """
     packing, layout = _layout(metadata)
-    matrices = {}
     for name, entry in layout.items():
         rows, columns = (int(size) for size in entry["shape"])
         group_size = int(entry["group_size"])
@@ -178,8 +180,7 @@ def unpack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | 
         scales = tensors[f"{name}.scales"]
         _check_scales(scales, (rows, columns // group_size), f"{name}.scales")
         codes = unpack(tensors[f"{name}.codes"], (rows, columns), packing, f"{name}.codes")
-        matrices[name] = TernaryTensor(codes, scales, group_size)
-    return matrices
+        yield name, TernaryTensor(codes, scales, group_size)
 
 
 @dataclass(frozen=True)

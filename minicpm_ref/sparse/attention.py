@@ -38,13 +38,11 @@ def attend(
     comparison.
     """
     select, attention = select_blocks, sparse_attention
-    chosen = backend.choose("sparse_attention", q.device)
-    differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    # numba's kernels have neither gradients nor float64
-    if chosen == "triton" or (chosen == "numba" and not differentiable and q.dtype != torch.float64):
+    chosen = backend.choose_for("sparse_attention", q, k, v)  # of both stages: stage 1 has nothing to differentiate
+    if chosen != "torch":
         select, attention = (backend.kernel(name, chosen) for name in ("select_blocks", "sparse_attention"))
-    select = selector or select
-    return attention(q, k, v, select(q, k, config, compressed=compressed), config)
+    blocks = (selector or select)(q, k, config, compressed=compressed)
+    return attention(q, k, v, blocks, config, check_blocks=selector is not None)
 
 
 def sparse_attention(
@@ -55,6 +53,8 @@ def sparse_attention(
     config: SparseConfig,
     query_start: int | Tensor | None = None,
     lengths: Tensor | None = None,
+    *,
+    check_blocks: bool = True,
 ) -> Tensor:
     """Stage 2: causal softmax attention over the tokens of the listed blocks, scale 1/sqrt(D).
 
@@ -63,8 +63,12 @@ def sparse_attention(
     Blocks are read whole, so a token sees `window_size` keys plus what its own block already holds. Gradients reach
     q, k and v.
 
-    query_start, lengths: see `query_positions`. Raises ValueError for inconsistent shapes or a block outside the cache.
-    Source: arXiv 2509.24663, section 3.1.
+    query_start, lengths: see `query_positions`. `check_blocks=False` skips the look at the lists' values, which on a
+    GPU waits for the device; it is for lists that `select_blocks` has just made. Raises ValueError for inconsistent
+    shapes or a block outside the cache. Source: arXiv 2509.24663, section 3.1.
+
+    >>> blocks = select_blocks(q, k, config)
+    >>> out = sparse_attention(q, k, v, blocks, config)  # [B, H, T, D]
     """
     check_query_key(q, k)
     batch, groups, keys = k.shape[:3]
@@ -75,7 +79,7 @@ def sparse_attention(
         raise ValueError(f"blocks must be [B={batch}, G={groups}, T={q.shape[2]}, K], got {tuple(blocks.shape)}")
     if blocks.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"blocks must be int32 or int64, got {blocks.dtype}")
-    if blocks.numel() and not -1 <= int(blocks.min()) <= int(blocks.max()) < count:
+    if check_blocks and blocks.numel() and not -1 <= int(blocks.min()) <= int(blocks.max()) < count:
         raise ValueError(f"blocks must lie in -1..{count - 1}, got {int(blocks.min())}..{int(blocks.max())}")
     positions = query_positions(q, k, query_start, lengths)
     out = []

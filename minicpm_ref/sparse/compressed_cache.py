@@ -62,27 +62,31 @@ class CompressedKeyCache:
         return self.fine.nbytes + self.coarse.nbytes
 
     @torch.no_grad()
-    def update(self, layer: int, row: int, keys: Tensor) -> CompressedKeys:
+    def update(self, layer: int, row: int | slice, keys: Tensor) -> CompressedKeys:
         """Pool what is new in `keys` [G, S, D], all the cached keys of one row; return its (fine, coarse) [1, G, ., D].
+        With a slice of R rows the same for [R, G, S, D] and [R, G, ., D].
 
         Raises ValueError when the row has shrunk since the last call without a `truncate`.
         """
-        old, new = int(self.pooled[layer, row]), keys.shape[1]
-        if not old <= new <= self.capacity:
+        rows = slice(row, row + 1) if isinstance(row, int) else row
+        pooled, new = self.pooled[layer, rows], keys.shape[-2]
+        if not int(pooled.max()) <= new <= self.capacity:
             raise ValueError(
-                f"row {row} of layer {layer} has {new} keys: expected {old} (pooled) to {self.capacity} (capacity)"
+                f"row {row} of layer {layer} has {new} keys: expected {int(pooled.max())} (pooled) to "
+                f"{self.capacity} (capacity)"
             )
+        old = int(pooled.min())  # of several rows: pooling the same keys once more gives the same bits
         found = []
         for out, (size, stride) in zip((self.fine, self.coarse), self.windows, strict=True):
             done, count = window_count(old, size, stride), window_count(new, size, stride)
             # from the first key of the first new window on; a ragged tail waits for the next call
-            out[layer, row, :, done:count] = compress_keys(keys[:, done * stride :], size, stride)
-            found.append(out[layer, row : row + 1, :, :count])
-        self.pooled[layer, row] = new
+            out[layer, rows, :, done:count] = compress_keys(keys[..., done * stride :, :], size, stride)
+            found.append(out[layer, rows, :, :count])
+        self.pooled[layer, rows] = new
         return CompressedKeys(*found)
 
-    def truncate(self, row: int, length: int, layer: int | None = None) -> None:
-        """Forget what depends on the row's tokens from `length` on, in one layer or (None) in all of them.
+    def truncate(self, row: int | slice, length: int, layer: int | None = None) -> None:
+        """Forget what depends on the tokens of a row, or of several, from `length` on, in one layer or (None) in all.
 
         Whoever writes into cached keys must call this with the first token that changes; `KVCache.append` does.
         """

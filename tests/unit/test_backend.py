@@ -89,7 +89,11 @@ def test_describe_names_the_instruction_set() -> None:
     from minicpm_kernels.lowbit.ternary_cpu import INSTRUCTION_SET
 
     rows = {(row.operation, row.device): row for row in backend.describe()}
-    assert rows["ternary_matmul_int8", "cpu"].reason.endswith(f", {INSTRUCTION_SET}")
+    assert f", {INSTRUCTION_SET};" in rows["ternary_matmul_int8", "cpu"].reason
+    assert rows["ternary_matmul_int8", "cpu"].reason.endswith(
+        "; the reference takes gradients, float64, group sizes other than 128"
+    )
+    assert rows["select_blocks", "cpu"].reason.endswith("; the reference takes float64")
     assert {operation for operation, _ in rows} == set(backend.OPERATIONS)
 
 
@@ -102,3 +106,25 @@ def test_choosing_imports_no_compiler() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_a_call_that_a_kernel_cannot_take_goes_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    x, parameter = torch.ones(2), torch.ones(2, requires_grad=True)
+    assert backend.choose_for("sparse_attention", x, x) == "numba"
+    assert backend.choose_for("sparse_attention", x, parameter) == "torch"
+    assert backend.choose_for("sparse_attention", x.double()) == "torch"
+    assert backend.choose_for("sparse_attention", x, obstacle="heads of 7") == "torch"
+    with torch.no_grad():
+        assert backend.choose_for("sparse_attention", x, parameter) == "numba"
+    # asked for by name it must run, or say why not
+    monkeypatch.setenv("MINICPM_BACKEND", "numba")
+    assert backend.choose_for("sparse_attention", x) == "numba"
+    for tensors, obstacle, reason in (
+        ((x, parameter), "", "a gradient: call the model under torch.no_grad"),
+        ((x.double(),), "", "float64"),
+        ((x,), "heads of 7", "heads of 7"),
+    ):
+        with pytest.raises(RuntimeError, match=f"MINICPM_BACKEND=numba.*sparse_attention does not do {reason}"):
+            backend.choose_for("sparse_attention", *tensors, obstacle=obstacle)
+    assert backend.choose_for("ternary_matmul", parameter) == "torch"  # no such kernel: `info` says so

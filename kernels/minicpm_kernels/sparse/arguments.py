@@ -63,13 +63,16 @@ def require_query_key(function: str, q: torch.Tensor, k: torch.Tensor, settings:
     require_runnable(function, q.detach(), k.detach())
 
 
-def require_blocks(function: str, blocks: torch.Tensor, q: torch.Tensor, k: torch.Tensor, block_size: int) -> None:
-    """Ask that blocks is [B, G, T, K], integer, within -1 .. number of blocks - 1. Raises ValueError."""
+def require_blocks(
+    function: str, blocks: torch.Tensor, q: torch.Tensor, k: torch.Tensor, block_size: int, values: bool
+) -> None:
+    """Ask that blocks is [B, G, T, K], integer, and with `values` within -1 .. number of blocks - 1. Raises
+    ValueError."""
     require_tensor(function, "blocks", blocks, dtypes=(torch.int32, torch.int64), device=q.device)
     wanted = (q.shape[0], k.shape[1], q.shape[2])
     if blocks.ndim != 4 or tuple(blocks.shape[:3]) != wanted or blocks.shape[3] == 0:
         raise ValueError(f"{function}: blocks has shape {list(blocks.shape)}, expected {[*wanted, 'K']}, K at least 1")
-    if capturing(blocks):
+    if not values or capturing(blocks):
         return
     low, high = (int(x) for x in torch.aminmax(blocks))
     count = triton.cdiv(k.shape[2], block_size)
@@ -129,11 +132,18 @@ def strides(x: torch.Tensor) -> tuple[int, int, int]:
 
 
 def require_attention(
-    function: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, config: Settings
+    function: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: torch.Tensor,
+    config: Settings,
+    check_blocks: bool = True,
 ) -> None:
-    """Ask for what every attention over lists needs of q, k, v and the lists. Raises ValueError."""
+    """Ask for what every attention over lists needs of q, k, v and the lists, of their values only with
+    `check_blocks`. Raises ValueError."""
     require_query_key(function, q, k, config)
     require_heads(function, "v", v, q)
     if v.shape != k.shape:
         raise ValueError(f"{function}: v has shape {list(v.shape)}, expected {list(k.shape)} like k")
-    require_blocks(function, blocks, q, k, config.block_size)
+    require_blocks(function, blocks, q, k, config.block_size, check_blocks)

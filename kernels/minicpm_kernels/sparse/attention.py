@@ -57,6 +57,8 @@ def sparse_attention(
     config: Settings,
     query_start: int | torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
+    *,
+    check_blocks: bool = True,
 ) -> torch.Tensor:
     """Causal softmax attention over the listed blocks; twin of `minicpm_ref.sparse.attention.sparse_attention`.
 
@@ -66,10 +68,11 @@ def sparse_attention(
     `select_blocks` are fast. Gradients reach q, k and v; the same inputs give the same bits.
 
     Raises ValueError on anything else (bfloat16 in the interpreter included), and for queries or blocks outside the
-    cache; while a CUDA graph is captured those values cannot be read and are not checked.
+    cache; while a CUDA graph is captured those values cannot be read and are not checked. `check_blocks=False` does not
+    read the lists' values off the device: without tensors for `query_start` and `lengths` no call then waits for it.
     """
     function = "sparse_attention"
-    require_attention(function, q, k, v, blocks, config)
+    require_attention(function, q, k, v, blocks, config, check_blocks)
     first, stop = placement(function, q, k, query_start, lengths)
     blocks = blocks.to(torch.int32)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

@@ -6,7 +6,7 @@ chosen blocks first would write and read them once more.
 
 The ideas:
 - *Heads in lanes.* The query heads that share a key/value head sit in the lanes of a vector, so each number of the
-  cache is read once for all of them and every step of the softmax is element-wise (`_cpu_codegen`).
+  cache is read once for all of them and every step of the softmax is element-wise (`_cpu_vectors`).
 - *Stage 1* walks the compressed keys twice, coarse ones for the log-sum-exp and fine ones for the shared scores, which
   never become a matrix. Forced blocks are not scored; a token that may keep everything is not scored at all. Scores are
   not negative, so the K-th largest is found by halving the range of their bit patterns: no sort.
@@ -19,27 +19,43 @@ The ideas:
 A token's list costs 4 K B D operations a query head however long the text is (K blocks of B tokens); stage 1 adds 1/16
 and 1/64 of the dense work with the published windows.
 
-float16 and bfloat16 are widened to float32 as in the reference; that copies the cache, so keep a float32 cache where
-decoding speed matters. Keys and values with D contiguous are read in place whatever their other strides are, best with
-one token behind another. Left out: gradients and float64 (both are the reference's), and more threads than kv heads in
-stage 1 of a decode step.
+float16 and bfloat16 are widened to float32 as in the reference, a listed block at a time: a cache in 16 bits is never
+copied, and half the bytes are read. Keys and values with D contiguous are read in place whatever their other strides
+are, best with one token behind another. Left out: gradients and float64 (both are the reference's), and more threads
+than kv heads in stage 1 of a decode step.
 Source: arXiv 2509.24663, sections 3.1 and 3.2.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
+from numba import njit
 
 from minicpm_kernels.cpu_threads import numba_threads, thread_count
-from minicpm_kernels.sparse._cpu_codegen import CHUNK, INSTRUCTION_SET, LANES, TILE, attend, compiled, pool, select
-from minicpm_kernels.sparse.windows import COARSE_FACTOR, LOG2_E, Settings, window_count
+from minicpm_kernels.sparse._cpu_attend import ATTEND_SIGNATURE, attend
+from minicpm_kernels.sparse._cpu_select import CHUNK, POOL_SIGNATURE, SELECT_SIGNATURE, pool, select
+from minicpm_kernels.sparse._cpu_vectors import BFLOAT16, FLOAT16, FLOAT32, INSTRUCTION_SET, LANES, TILE
+from minicpm_kernels.sparse.windows import COARSE_FACTOR, LOG2_E, Settings, local_reach, window_count
 
 __all__ = ["INSTRUCTION_SET", "select_blocks", "sparse_attention"]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+STORAGE = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
+DTYPES = tuple(STORAGE)
+_SIGNATURES = {attend: ATTEND_SIGNATURE, pool: POOL_SIGNATURE, select: SELECT_SIGNATURE}
+
+
+@functools.cache
+def compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """`attend`, `pool` or `select` as machine code; strides and storage are arguments like any other, so there is one
+    of each."""
+    options = {"cache": True, "nogil": True, "parallel": True, "error_model": "numpy"}
+    return cast(Callable[..., None], njit(_SIGNATURES[function], **options)(function))
 
 
 def select_blocks(
@@ -75,16 +91,19 @@ def select_blocks(
         norm = fine if config.exact_lse else coarse
     blocks = -(-keys // block)
     slots = min(config.visible_blocks, blocks)
-    reach = config.window_blocks - (0 if config.local_inclusive else 1)
+    reach = local_reach(config)
     passes, tile = -(-heads // groups // LANES), min(TILE, tokens)
     lists = torch.empty(batch, groups, tokens, slots, dtype=torch.int32)
     scratch = [torch.empty(threads, tile, passes, rows, LANES) for rows in (width, 3)]
     scratch += [torch.empty(threads, CHUNK, LANES), torch.empty(threads, tile, blocks * (block // stride))]
     scratch += [torch.empty(threads, blocks)]
+    wide = torch.empty(threads, CHUNK if {fine.dtype, norm.dtype} != {torch.float32} else 0, width)
+    (fine_words, fine_storage), (norm_words, norm_storage) = _words(fine), _words(norm)
     with numba_threads(threads):
         compiled(select)(
-            *(_floats(x) for x in (q, fine, norm)), starts, stops, lists.numpy(), *(x.numpy() for x in scratch),
+            _floats(q), fine_words, norm_words, starts, stops, lists.numpy(), *(x.numpy() for x in scratch),
             (block, config.init_blocks, reach, slots, size, stride, factor), threads, LOG2_E / math.sqrt(width),
+            (fine_storage, norm_storage), wide.numpy(),
         )  # fmt: skip
     return lists
 
@@ -97,12 +116,14 @@ def sparse_attention(
     config: Settings,
     query_start: int | torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
+    *,
+    check_blocks: bool = True,
 ) -> torch.Tensor:
     """Stage 2: causal softmax over the listed blocks; twin of `minicpm_ref.sparse.attention.sparse_attention`.
 
     q [B, H, T, D], k and v [B, G, S, D], blocks int32 or int64 [B, G, T, K] (order free, -1 = empty) -> [B, H, T, D] in
     the dtype of q, computed in float32. float32, float16 or bfloat16 on the CPU; any sizes, any group H / G. A row of
-    padding, or one without blocks, gives 0.
+    padding, or one without blocks, gives 0. `check_blocks=False` skips the look at the lists' values.
 
     Raises ValueError on anything else, in the reference's words where it has some, and RuntimeError when a gradient
     would be needed.
@@ -118,7 +139,7 @@ def sparse_attention(
         raise ValueError(f"blocks must be [B={batch}, G={groups}, T={tokens}, K], got {tuple(blocks.shape)}")
     if blocks.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"blocks must be int32 or int64, got {blocks.dtype}")
-    low, high = (int(x) for x in torch.aminmax(blocks)) if blocks.numel() else (-1, -1)
+    low, high = (int(x) for x in torch.aminmax(blocks)) if check_blocks and blocks.numel() else (-1, -1)
     if low < -1 or high >= count:
         raise ValueError(f"blocks must lie in -1..{count - 1}, got {low}..{high}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
@@ -132,10 +153,13 @@ def sparse_attention(
     scratch = [torch.empty(places, count, dtype=torch.int64)]
     scratch += [torch.empty(places, tile, passes, rows, LANES) for rows in (width, 3, width)]
     scratch += [torch.empty(places, config.block_size, LANES)]
+    wide = torch.empty(places, 2, config.block_size if {k.dtype, v.dtype} != {torch.float32} else 0, width)
+    (key_words, key_storage), (value_words, value_storage) = _words(k), _words(v)
     with numba_threads(threads):
         compiled(attend)(
-            *(_floats(x) for x in (q, k, v)), blocks.to(torch.int32).numpy(), starts, stops, out.numpy(),
+            _floats(q), key_words, value_words, blocks.to(torch.int32).numpy(), starts, stops, out.numpy(),
             *(x.numpy() for x in scratch), threads, shares, config.block_size, LOG2_E / math.sqrt(width),
+            (key_storage, value_storage), wide.numpy(),
         )  # fmt: skip
     return out.to(q.dtype)
 
@@ -155,6 +179,12 @@ def _floats(x: torch.Tensor) -> np.ndarray:
     """x in float32 with D contiguous; itself where it is that already."""
     wide = x.detach().to(torch.float32)
     return (wide if wide.stride(3) == 1 else wide.contiguous()).numpy()
+
+
+def _words(x: torch.Tensor) -> tuple[np.ndarray, int]:
+    """x in place as 16-bit words, two a number if it is float32, and which of the three dtypes it is."""
+    x = x.detach()
+    return (x if x.stride(3) == 1 else x.contiguous()).view(torch.int16).numpy(), STORAGE[x.dtype]
 
 
 def _placement(

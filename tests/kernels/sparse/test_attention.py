@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
-from minicpm_kernels.sparse import backward, one_token, union  # noqa: E402  # imports triton
+from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
+
+from minicpm_kernels.sparse import backward, blocks, one_token, union  # noqa: E402  # imports triton
 from minicpm_kernels.sparse.arguments import placement  # noqa: E402
 from minicpm_kernels.sparse.attention import sparse_attention  # noqa: E402
 from minicpm_kernels.testing import assert_as_close, check_attention, largest_logit, poisoned_memory  # noqa: E402
@@ -45,6 +48,42 @@ def test_the_union_of_a_few_tokens(name: str) -> None:
         return union.attend_union(q, k, v, blocks, *where, config)[0]
 
     check_attention(twin, reference.sparse_attention, ROWS[name].build())
+
+
+class NoLaunch:
+    """Stands in for a jitted function."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *arguments, **constants: None
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would wait for a device: values of tensors that become Python numbers."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["decode", "chunk-at-an-offset"])
+def test_a_model_reads_no_value_off_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each read would wait for everything launched before it, once a layer and token."""
+    q, k, v, lists, config, *_ = ROWS[name].build()
+    monkeypatch.setenv("MINICPM_BACKEND", "triton")
+    for module in (blocks, one_token, union):
+        for attribute, value in vars(module).items():
+            if isinstance(value, InterpretedFunction):
+                monkeypatch.setattr(module, attribute, NoLaunch())
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: pytest.fail("tolist reads values"))
+    with Reads() as reads:
+        reference.attend(q, k, v, config, reference.compress(k, config))
+    assert reads.count == 0
+    with Reads() as reads:
+        sparse_attention(q, k, v, lists, config)
+    assert reads.count == 2  # lists from elsewhere are looked at
 
 
 @pytest.mark.parametrize("design", ["token", "union"])

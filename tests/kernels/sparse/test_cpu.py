@@ -11,11 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("numba", reason="numba is not installed")
 from minicpm_kernels.sparse import cpu as sparse_cpu  # noqa: E402  # imports numba
-from minicpm_kernels.sparse._cpu_codegen import INSTRUCTION_SETS, attend, compiled, pool, select  # noqa: E402
-from minicpm_kernels.sparse.cpu import INSTRUCTION_SET, select_blocks, sparse_attention  # noqa: E402
+from minicpm_kernels.sparse._cpu_vectors import INSTRUCTION_SETS, SOURCES  # noqa: E402
+from minicpm_kernels.sparse.cpu import (  # noqa: E402
+    INSTRUCTION_SET,
+    attend,
+    compiled,
+    pool,
+    select,
+    select_blocks,
+    sparse_attention,
+)
 from minicpm_kernels.testing import assert_close, check_attention, default_bound, poisoned_memory  # noqa: E402
 from minicpm_ref import sparse as reference  # noqa: E402
 from minicpm_ref.cache import KVCache  # noqa: E402
@@ -91,6 +101,70 @@ def test_16_bit_inputs_are_widened_as_in_the_reference(dtype: torch.dtype) -> No
     assert out.dtype == dtype
     expected = reference.sparse_attention(q.double(), k.double(), v.double(), chosen, config, *place)
     assert_close(out, expected, default_bound(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["decode", "padded-batch", "group-3"])
+def test_16_bits_are_widened_without_an_error(name: str, dtype: torch.dtype) -> None:
+    """The same floats in the same code: the bits of a call with everything widened beforehand."""
+    q, k, v, blocks, *rest = (
+        x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in ROWS[name].build()
+    )
+    compressed = reference.compress(k, rest[0])
+    wide = [x.float() for x in (q, k, v)]
+    fine, coarse = (x.float() for x in compressed)
+    expected = choose((wide[0], wide[1], *rest), compressed=(fine, coarse))
+    assert torch.equal(choose((q, k, *rest), compressed=compressed), expected)
+    out = sparse_attention(q, k, v, blocks, *rest)
+    assert torch.equal(out, sparse_attention(*wide, blocks, *rest).to(dtype))
+    mixed = sparse_attention(q, k.float(), v, blocks, *rest)  # each of the two as it comes
+    assert torch.equal(mixed, out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [16, 17])
+def test_every_number_of_16_bits_is_read_as_torch_reads_it(dtype: torch.dtype, width: int) -> None:
+    """One key of weight 1 for each head: the result is its value, subnormal, infinite or NaN as it may be."""
+    heads = -(-(1 << 16) // width)
+    patterns = torch.arange(heads * width).remainder(1 << 16).to(torch.uint16).view(torch.int16)
+    v = patterns.view(dtype).view(1, heads, 1, width)
+    q = torch.zeros(1, heads, 1, width)
+    k = torch.zeros(1, heads, 1, width, dtype=dtype)
+    out = sparse_attention(q, k, v, torch.zeros(1, heads, 1, 1, dtype=torch.int32), SMALL)
+    torch.testing.assert_close(out, v.float(), rtol=0, atol=0, equal_nan=True)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any operation of torch has made at once, views left out."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            made = [x.numel() for x in tree_leaves(out) if torch.is_tensor(x)]
+            self.elements = max(self.elements, *made, 0)
+        return out
+
+
+@torch.no_grad()
+def test_a_decode_step_copies_no_cache_of_16_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, t, 32, generator=generator).bfloat16() for h, t in ((8, 1), (2, 4096), (2, 4096)))
+    compressed = reference.compress(k, SMALL)
+    with Largest() as step:
+        blocks = select_blocks(q, k, SMALL, compressed=compressed)
+        sparse_attention(q, k, v, blocks, SMALL)
+    assert 0 < step.elements < min(x.numel() for x in (k, *compressed))
+    with Largest() as copied:  # so the count would notice
+        sparse_attention(q, k.float(), v, blocks, SMALL)
+    assert copied.elements == k.numel()
+
+
+def test_machine_code_is_not_kept_beyond_an_edit_of_its_generator() -> None:
+    """numba compares free variables and the age of one file; the others' content is a free variable of each loop."""
+    for function in (attend, pool, select):
+        assert [cell.cell_contents for cell in function.__closure__ or ()] == [SOURCES]
 
 
 @pytest.mark.parametrize("name", ["chunk-at-an-offset", "padded-batch"])
@@ -197,15 +271,22 @@ def test_the_model_decodes_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_training_keeps_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINICPM_BACKEND", "numba")
+    monkeypatch.delenv("MINICPM_BACKEND", raising=False)
     monkeypatch.setattr(sparse_cpu, "compiled", lambda function: pytest.fail(f"{function.__name__} has no gradient"))
     built = model()
     built(TOKENS).square().mean().backward()
     weight = built.model.layers[0].self_attn.k_proj.weight
     assert weight.grad is not None
     assert weight.grad.any()
+    monkeypatch.setenv("MINICPM_BACKEND", "numba")  # asked for by name, it does not step back without a word
+    with pytest.raises(RuntimeError, match="MINICPM_BACKEND=numba.*a gradient"):
+        built(TOKENS)
+    built.double()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="MINICPM_BACKEND=numba.*float64"):
+        built(TOKENS)
+    monkeypatch.delenv("MINICPM_BACKEND")
     with torch.no_grad():
-        assert built.double()(TOKENS).dtype == torch.float64
+        assert built(TOKENS).dtype == torch.float64
 
 
 # ---- planted bugs ----------------------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -17,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minicpm_ref import MiniCPM, ModelConfig
+from minicpm_ref.lowbit import packing
 from minicpm_ref.lowbit.layers import (
-    MERGES,
     MergedTernaryLinear,
     QuantizationAwareLinear,
     TernaryLinear,
@@ -29,6 +31,7 @@ from minicpm_ref.lowbit.layers import (
 )
 from minicpm_ref.lowbit.packing import TernaryTensor, size_report
 from minicpm_ref.lowbit.ternary import dequantize, fake_quantize, quantize
+from minicpm_ref.model import with_config
 
 CONFIG = ModelConfig(
     vocab_size=40,
@@ -305,7 +308,9 @@ def test_only_layers_that_fit_together_are_merged() -> None:
 
 
 class Projections(nn.Module):
-    """A module that reserves an attribute for its merged projections, as the decoder's modules may."""
+    """A module that asks for its projections to be merged, as the decoder's modules do."""
+
+    merges: ClassVar = {"gate_up_proj": ("gate_proj", "up_proj")}
 
     def __init__(self) -> None:
         super().__init__()
@@ -319,7 +324,6 @@ def test_reserved_attributes_are_filled() -> None:
     model.model.layers = nn.ModuleList([Projections()])
     to_ternary(model)
     layer = model.model.layers[0]
-    assert "gate_up_proj" in MERGES
     assert isinstance(layer.gate_up_proj, MergedTernaryLinear)
     x = torch.randn(2, 128, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -347,3 +351,48 @@ def test_float_activations_are_not_rounded() -> None:
         assert relative_error(layer(x), exact) < 1e-5
         layer.activations = "int8"
         assert relative_error(layer(x), exact) > 1e-4
+
+
+def test_a_group_size_without_a_kernel_is_refused_by_a_backend_asked_for_by_name(monkeypatch) -> None:
+    pytest.importorskip("numba")
+    layer = TernaryLinear(matrix(16, 64, 64))
+    x = torch.ones(1, 64)
+    monkeypatch.delenv("MINICPM_BACKEND", raising=False)
+    assert layer(x).shape == (1, 16)
+    monkeypatch.setenv("MINICPM_BACKEND", "numba")
+    with pytest.raises(RuntimeError, match="MINICPM_BACKEND=numba.*group_size 64"):
+        layer(x)
+
+
+def test_a_packed_model_runs_in_float64_and_under_another_config(model: MiniCPM, monkeypatch) -> None:
+    monkeypatch.delenv("MINICPM_BACKEND", raising=False)
+    packed = to_ternary(copy.deepcopy(model)).requires_grad_(False)
+    ids = torch.arange(5)[None]
+    other = with_config(packed, max_position_embeddings=64)
+    assert other.config.max_position_embeddings == 64
+    assert torch.equal(other(ids), packed(ids))
+    assert other.model.layers[0].mlp.up_proj.codes.data_ptr() != packed.model.layers[0].mlp.up_proj.codes.data_ptr()
+    assert isinstance(other.model.layers[0].self_attn.qkv_proj, MergedTernaryLinear)
+    wide = packed.double()(ids)
+    assert wide.dtype == torch.float64
+    assert relative_error(packed.float()(ids), wide) < 0.05  # int8 activations
+
+
+def test_loading_holds_one_unpacked_matrix_at_a_time(model: MiniCPM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte a code is five times the file: all matrices at once would not fit where the packed model does."""
+    tensors, metadata = ternary_state(to_ternary(copy.deepcopy(model)))
+    unpack, codes, alive = packing.unpack, [], []
+
+    def count(*arguments):
+        matrix = unpack(*arguments)
+        codes.append(weakref.ref(matrix))
+        alive.append(sum(made() is not None for made in codes))
+        return matrix
+
+    monkeypatch.setattr(packing, "unpack", count)
+    install_ternary(copy.deepcopy(model), tensors, metadata)
+    assert len(codes) == 7 * model.config.num_hidden_layers
+    assert max(alive) <= 2  # the one before is freed when the next one is there
+    alive.clear()
+    kept = list(packing.unpack_tensors(tensors, metadata))
+    assert max(alive) == len(kept)  # so the count notices

@@ -144,7 +144,7 @@ def test_a_file_round_trip(packing: str, tmp_path: Path) -> None:
     assert tensors["layers.0.q_proj.scales"].shape == (32, 2)
     save_file(tensors | {"norm.weight": torch.ones(4)}, tmp_path / "model.safetensors", metadata)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        read = unpack_tensors(load_file(tmp_path / "model.safetensors"), file.metadata())
+        read = dict(unpack_tensors(load_file(tmp_path / "model.safetensors"), file.metadata()))
     assert list(read) == list(matrices)
     for name, original in matrices.items():
         assert torch.equal(read[name].codes, original.codes)
@@ -153,26 +153,26 @@ def test_a_file_round_trip(packing: str, tmp_path: Path) -> None:
 
 
 def test_files_without_ternary_metadata_hold_nothing_ternary() -> None:
-    assert unpack_tensors({"a.codes": torch.ones(1)}, None) == {}
-    assert unpack_tensors({"a.codes": torch.ones(1)}, {"format": "pt"}) == {}
+    assert list(unpack_tensors({"a.codes": torch.ones(1)}, None)) == []
+    assert list(unpack_tensors({"a.codes": torch.ones(1)}, {"format": "pt"})) == []
 
 
 def test_damaged_files_are_refused() -> None:
     tensors, metadata = pack_tensors({"q": matrix()}, "2bit")
     with pytest.raises(ValueError, match="q.scales is missing"):
-        unpack_tensors({"q.codes": tensors["q.codes"]}, metadata)
+        list(unpack_tensors({"q.codes": tensors["q.codes"]}, metadata))
     scales = tensors["q.scales"].clone()
     scales[3, 1] = torch.inf
     with pytest.raises(ValueError, match=r"q.scales: inf at \[3, 1\]"):
-        unpack_tensors(tensors | {"q.scales": scales}, metadata)
+        list(unpack_tensors(tensors | {"q.scales": scales}, metadata))
     with pytest.raises(ValueError, match="q.codes: byte 255 at"):
-        unpack_tensors(tensors | {"q.codes": torch.full_like(tensors["q.codes"], 255)}, metadata)
+        list(unpack_tensors(tensors | {"q.codes": torch.full_like(tensors["q.codes"], 255)}, metadata))
     with pytest.raises(ValueError, match=r"q.scales: torch.float32 \[32, 2\], expected float16"):
-        unpack_tensors(tensors | {"q.scales": tensors["q.scales"].float()}, metadata)
+        list(unpack_tensors(tensors | {"q.scales": tensors["q.scales"].float()}, metadata))
     layout = json.loads(metadata["ternary"])
     layout["matrices"]["q"]["group_size"] = 100
     with pytest.raises(ValueError, match="q: 256 columns are not a multiple of group_size 100"):
-        unpack_tensors(tensors, {"ternary": json.dumps(layout)})
+        list(unpack_tensors(tensors, {"ternary": json.dumps(layout)}))
 
 
 def test_groups_must_fill_bytes() -> None:

@@ -17,10 +17,10 @@ tokens. Sources: MiniCPM4 technical report (arXiv 2506.07900); MiniCPM (arXiv 24
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,25 +29,32 @@ from torch import Tensor, nn
 
 from minicpm_ref.cache import KVCache
 from minicpm_ref.config import ModelConfig
-from minicpm_ref.ops import apply_rope, causal_attention, rms_norm, rope_angles, rope_attention_factor
-from minicpm_ref.sparse.attention import attend
+from minicpm_ref.lowbit.layers import copy_packed
+from minicpm_ref.ops import apply_rope, causal_attention, is_long, rms_norm, rope_angles, rope_attention_factor
+from minicpm_ref.sparse import CompressedKeys, attend
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One sequence inside a batch: tokens [start, stop) of input row `row`, which follow `past` tokens of row
-    `cache_row` in the cache."""
+    """Sequences that stand alike in a batch: tokens [start, stop) of the input rows `rows`, which follow `past` tokens
+    of the rows `cache_rows` in the cache, in sequences of `final` tokens once their prompts are complete."""
 
-    row: int
+    rows: slice
     start: int
     stop: int
-    cache_row: int
+    cache_rows: slice
     past: int
+    final: int
 
     @property
-    def slices(self) -> tuple[int, slice, slice]:
-        """Index of this segment in a [B, H, T, D] tensor; gives [H, stop - start, D]."""
-        return self.row, slice(None), slice(self.start, self.stop)
+    def slices(self) -> tuple[slice, slice, slice]:
+        """Index of this segment in a [B, H, T, D] tensor."""
+        return self.rows, slice(None), slice(self.start, self.stop)
+
+    @property
+    def end(self) -> int:
+        """Tokens in each of its sequences after this call."""
+        return self.past + self.stop - self.start
 
 
 class RMSNorm(nn.Module):
@@ -66,11 +73,13 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; `layer` is its index, which is also its place in the cache.
 
-    With a `sparse_config`, a call whose sequence has n tokens so far is dense while n < `dense_len` and block-sparse
-    (`sparse_attention`) otherwise; -1 means always sparse. The switch looks at the length alone: one prefill of n >=
-    `dense_len` tokens is sparse for all of them, while the same tokens fed in pieces are dense up to `dense_len`.
-    With -1, or when the first piece reaches `dense_len`, feeding in pieces selects the same blocks as one prefill.
+    With a `sparse_config`, a sequence of n tokens is attended densely while n < `dense_len` and block-sparsely
+    (`sparse.attend`) otherwise; -1 means always sparse. The switch looks at the length alone, so one prefill of n >=
+    `dense_len` tokens is sparse for all of them. A prompt that is fed in pieces must say how long it will be
+    (`final_length` of `MiniCPM.forward`), or its first pieces are dense.
     """
+
+    merges: ClassVar = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}  # linears of one x, which `lowbit` may merge
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -95,27 +104,33 @@ class Attention(nn.Module):
         q, k, v = (rearrange(part, "b t (h d) -> b h t d", d=self.head_dim) for part in qkv)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if segments is None:
-            out = self._attend(q, k, v)
+            out = self._attend(q, k, v, q.shape[2])
         else:
             out = torch.empty_like(q)
             for segment in segments:
                 at = segment.slices
-                keys, values = k[at], v[at]  # [G, T, D]
+                keys, values, pooled = k[at], v[at], None  # [R, G, T, D]
                 if cache is not None:
-                    keys, values = cache.append(self.layer, segment.cache_row, keys, values)  # [G, S, D]
-                out[at] = self._attend(q[at][None], keys[None], values[None], cache, segment.cache_row)[0]
+                    keys, values = cache.append(self.layer, segment.cache_rows, keys, values)  # [R, G, S, D]
+                    if self._is_sparse(segment.final):
+                        pooled = cache.pooled(self.layer, segment.cache_rows, keys)
+                out[at] = self._attend(q[at], keys, values, segment.final, pooled)
         return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None, row: int = 0) -> Tensor:
-        """`causal_attention`, dense or sparse; with `cache` (B = 1), k and v are what it holds for `row`."""
-        if self.sparse is None or k.shape[2] < self.sparse.dense_len:
+    def _is_sparse(self, final: int) -> bool:
+        return self.sparse is not None and final >= self.sparse.dense_len
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, final: int, pooled: CompressedKeys | None = None) -> Tensor:
+        """Dense or sparse attention in sequences of `final` tokens; `pooled` are the compressed keys of k, if kept."""
+        if self.sparse is None or not self._is_sparse(final):
             return causal_attention(q, k, v)
-        pooled = None if cache is None or cache.compressed is None else cache.compressed.update(self.layer, row, k[0])
         return attend(q, k, v, self.sparse, pooled, self.selector)
 
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)). Source: Shazeer, arXiv 2002.05202."""
+
+    merges: ClassVar = {"gate_up_proj": ("gate_proj", "up_proj")}  # linears of one x, which `lowbit` may merge
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -199,7 +214,13 @@ class MiniCPM(nn.Module):
         return self
 
     def forward(
-        self, input_ids: Tensor, cache: KVCache | None = None, cu_seqlens: Sequence[int] | None = None
+        self,
+        input_ids: Tensor,
+        cache: KVCache | None = None,
+        cu_seqlens: Sequence[int] | None = None,
+        *,
+        last: bool = False,
+        final_length: int | None = None,
     ) -> Tensor:
         """Next-token logits [B, T, V] of `input_ids` [B, T] (int64).
 
@@ -207,9 +228,25 @@ class MiniCPM(nn.Module):
         With `cu_seqlens` = [0, t1, t1 + t2, ...] the input is one row [1, T] of sequences laid end to end without
         padding: sequence i is tokens [cu_seqlens[i], cu_seqlens[i + 1]), sees only itself, and belongs to cache row i.
 
-        Raises ValueError for ids outside the vocabulary, a `cu_seqlens` that does not cover the row, or a full cache.
+        `last` computes the logits of each sequence's last token alone: [B, 1, V], or [1, n, V] for n packed sequences.
+        `final_length` is for a prompt fed in pieces: how many tokens each row will hold when it is complete (None: this
+        call completes it). Dense or sparse, short or long angles then are those of the whole prompt, and the pieces
+        give the logits of one pass.
+
+        Raises ValueError for ids outside the vocabulary, a `cu_seqlens` that does not cover the row, a full cache or
+        one of another dtype, and sequences longer than `max_position_embeddings`.
+
+        >>> cache = KVCache(model.config, capacity=512)
+        >>> for piece in prompt.split(128, dim=1):  # prompt int64 [1, T]
+        ...     logits = model(piece, cache, last=True, final_length=prompt.shape[1])  # [1, 1, V]
         """
-        return self.logits(self.hidden_states(input_ids, cache, cu_seqlens)[-1])
+        segments = self._segments(input_ids, cache, cu_seqlens, final_length)
+        for x in self._residual_stream(input_ids, segments, cache):
+            final = x  # each state is freed when the next one is there
+        if last:
+            stops = [-1] if cu_seqlens is None else [int(stop) - 1 for stop in cu_seqlens[1:]]
+            final = final[:, stops]
+        return self.logits(self.model.norm(final))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of final, normed hidden states [..., C]."""
@@ -220,22 +257,32 @@ class MiniCPM(nn.Module):
         self, input_ids: Tensor, cache: KVCache | None = None, cu_seqlens: Sequence[int] | None = None
     ) -> list[Tensor]:
         """The residual stream [B, T, C] after the embedding and after each layer, then the normed final state: L + 2
-        tensors."""
-        segments = self._segments(input_ids, cache, cu_seqlens)
-        x = self.model.embed_tokens(input_ids) * self.config.scale_emb
-        rope = self._rope(input_ids, segments)
-        if cache is not None:
-            self._enter_long_context(cache, segments or [])
-        states = [x]
-        for layer in self.model.layers:
-            states.append(layer(states[-1], rope, segments, cache))
-        if cache is not None and segments is not None:
-            cache.advance(_new_tokens(segments, cache.batch_size))
+        tensors, all kept. Arguments as in `forward`, which keeps one."""
+        states = list(self._residual_stream(input_ids, self._segments(input_ids, cache, cu_seqlens, None), cache))
         return [*states, self.model.norm(states[-1])]
 
+    def _residual_stream(
+        self, input_ids: Tensor, segments: list[Segment] | None, cache: KVCache | None
+    ) -> Iterator[Tensor]:
+        """The residual stream [B, T, C] after the embedding, then after each layer; at the end the cache has counted
+        the new tokens."""
+        if cache is not None:
+            for segment in segments or []:
+                for row in range(segment.cache_rows.start, segment.cache_rows.stop):
+                    cache.turn_keys(row, segment.final)
+        x = self.model.embed_tokens(input_ids) * self.config.scale_emb
+        rope = self._rope(input_ids, segments)
+        yield x
+        for layer in self.model.layers:
+            x = layer(x, rope, segments, cache)
+            yield x
+        if cache is not None:
+            cache.advance(_new_tokens(segments or [], cache.batch_size))
+
     def _segments(
-        self, input_ids: Tensor, cache: KVCache | None, cu_seqlens: Sequence[int] | None
+        self, input_ids: Tensor, cache: KVCache | None, cu_seqlens: Sequence[int] | None, final_length: int | None
     ) -> list[Segment] | None:
+        """How the batch falls into sequences (None: every row is a whole one), once all arguments are known to fit."""
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [B, T] with T at least 1")
         if input_ids.device.type == "cpu":  # elsewhere a look would stall the device, and the embedding itself asserts
@@ -243,8 +290,6 @@ class MiniCPM(nn.Module):
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(f"token id {low if low < 0 else high}: expected 0 <= id < {self.config.vocab_size}")
         rows, tokens = input_ids.shape
-        if cache is None and cu_seqlens is None:
-            return None
         if cu_seqlens is None:
             spans = [(row, 0, tokens) for row in range(rows)]
         else:
@@ -255,68 +300,66 @@ class MiniCPM(nn.Module):
                     f"cu_seqlens = {bounds} for input_ids {[rows, tokens]}: expected input_ids [1, T] and "
                     "0 = c0 < c1 < ... < cn = T"
                 )
-        if cache is None:
-            return [Segment(row, start, stop, i, 0) for i, (row, start, stop) in enumerate(spans)]
-        if len(spans) > cache.batch_size:
+        if cache is not None and len(spans) > cache.batch_size:
             raise ValueError(f"{len(spans)} sequences for a KV cache of {cache.batch_size} rows")
-        segments = [Segment(row, start, stop, i, int(cache.lengths[i])) for i, (row, start, stop) in enumerate(spans)]
-        cache.reserve(_new_tokens(segments, cache.batch_size))
+        if cache is not None and (cache.keys.dtype, cache.keys.device) != (self.dtype, self.device):
+            raise ValueError(
+                f"the KV cache is {cache.keys.dtype} on {cache.keys.device}: expected {self.dtype} on {self.device} "
+                "like the model; build it with dtype=model.dtype, device=model.device"
+            )
+        segments: list[Segment] = []
+        for i, (row, start, stop) in enumerate(spans):
+            past = 0 if cache is None else int(cache.lengths[i])
+            end = past + stop - start
+            final = end if final_length is None else final_length
+            if not end <= final <= self.config.max_position_embeddings:
+                wanted = f"expected {end} to max_position_embeddings = {self.config.max_position_embeddings}"
+                given = f"sequence {i} has {end} tokens" if final_length is None else f"final_length = {final_length}"
+                raise ValueError(f"{given}: {wanted} (`with_config` runs the weights under other limits)")
+            alike = segments and cu_seqlens is None and (segments[-1].past, segments[-1].final) == (past, final)
+            first = segments.pop().rows.start if alike else row  # neighbours that stand alike are one call of attention
+            of_cache = slice(i + first - row, i + 1)
+            segments.append(Segment(slice(first, row + 1), start, stop, of_cache, past, final))
+        if cache is None and cu_seqlens is None and final_length is None:
+            return None
+        if cache is not None:
+            cache.reserve(_new_tokens(segments, cache.batch_size))
         return segments
 
     def _rope(self, input_ids: Tensor, segments: list[Segment] | None) -> tuple[Tensor, Tensor]:
         """cos and sin [B, 1, T, D/2] (or [1, 1, T, D/2] when all rows agree), each sequence by its own positions and
         length."""
         tokens = input_ids.shape[1]
-        original = self.config.rope_scaling.original_max_position_embeddings if self.config.rope_scaling else tokens
         if segments is None:
             positions = torch.arange(tokens, device=input_ids.device)[None]  # [1, T]
-            long = torch.full_like(positions, tokens > original, dtype=torch.bool)
+            long = torch.full_like(positions, is_long(self.config, tokens), dtype=torch.bool)
         else:
             positions = torch.empty_like(input_ids)  # [B, T]
             long = torch.empty_like(input_ids, dtype=torch.bool)
             for s in segments:
-                end = s.past + s.stop - s.start
-                positions[s.row, s.start : s.stop] = torch.arange(s.past, end, device=input_ids.device)
-                long[s.row, s.start : s.stop] = end > original
+                positions[s.rows, s.start : s.stop] = torch.arange(s.past, s.end, device=input_ids.device)
+                long[s.rows, s.start : s.stop] = is_long(self.config, s.final)
         angles = rope_angles(self.config, positions, long)[:, None]  # [B, 1, T, D/2]
         factor = rope_attention_factor(self.config)
         return angles.cos() * factor, angles.sin() * factor
-
-    def _enter_long_context(self, cache: KVCache, segments: list[Segment]) -> None:
-        """Turn the cached keys of every row that crosses LongRoPE's original length from the short to the long angles.
-
-        Rotations add, so turning a cached key by (long - short) makes its distance to a new query the one the long list
-        means. Only the first layer's keys become what a prefill at the new length would store: deeper states were
-        computed at the short angles, and only a recomputation can change that. In the published files both lists are
-        equal and nothing turns.
-        """
-        scaling = self.config.rope_scaling
-        if scaling is None or scaling.short_factor == scaling.long_factor:
-            return
-        original = scaling.original_max_position_embeddings
-        for s in segments:
-            if 0 < s.past <= original < s.past + s.stop - s.start:
-                positions = torch.arange(s.past, device=cache.keys.device)
-                long = torch.ones_like(positions, dtype=torch.bool)
-                turn = rope_angles(self.config, positions, long) - rope_angles(self.config, positions, ~long)
-                keys = cache.keys[:, s.cache_row, :, : s.past]  # [L, G, S, D]
-                keys.copy_(apply_rope(keys, turn.cos(), turn.sin()))
-                if cache.compressed is not None:
-                    cache.compressed.truncate(s.cache_row, 0)
 
 
 def _new_tokens(segments: list[Segment], rows: int) -> Tensor:
     counts = torch.zeros(rows, dtype=torch.int64)
     for segment in segments:
-        counts[segment.cache_row] += segment.stop - segment.start
+        counts[segment.cache_rows] += segment.stop - segment.start
     return counts
 
 
 def with_config(model: MiniCPM, **changes: Any) -> MiniCPM:
     """The same weights, copied, under a config with some fields changed, such as `rope_scaling` or `sparse_config`.
 
-    Raises RuntimeError when a change asks for weights of another shape.
+    Packed ternary layers stay packed, and what asks for no gradient still asks for none. Raises RuntimeError when a
+    change asks for weights of another shape.
     """
     changed = MiniCPM(replace(model.config, **changes)).to(model.device, model.dtype)
+    copy_packed(model, changed)
     changed.load_state_dict(model.state_dict())
+    for name, parameter in model.named_parameters():
+        changed.get_parameter(name).requires_grad_(parameter.requires_grad)
     return changed.train(model.training)

@@ -26,6 +26,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from minicpm_ref import row_blocks
@@ -65,6 +66,11 @@ def rope_frequencies(config: ModelConfig, long: bool, device: torch.device | str
         factors = config.rope_scaling.long_factor if long else config.rope_scaling.short_factor
         frequencies = frequencies / torch.tensor(factors, device=device, dtype=torch.float32)
     return frequencies
+
+
+def is_long(config: ModelConfig, length: int) -> bool:
+    """Whether a sequence of `length` tokens takes LongRoPE's long list of divisors."""
+    return config.rope_scaling is not None and length > config.rope_scaling.original_max_position_embeddings
 
 
 def rope_attention_factor(config: ModelConfig) -> float:
@@ -123,11 +129,16 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     head h // (H / G). Returns [B, H, T, D]. Scale 1/sqrt(D); `scaled_dot_product_attention` keeps the softmax in
     float32. Training in bfloat16 on a CPU that multiplies it in hardware takes `row_block_attention`, which is faster.
     """
-    new_tokens, total = q.shape[2], k.shape[2]
+    new_tokens, total, groups = q.shape[2], k.shape[2], k.shape[1]
+    if new_tokens == 1:
+        # one token sees everything, so the heads of a group can stand as the queries of one head: their keys are read
+        # once and not once a head, which is all that decoding costs
+        folded = rearrange(q, "b (g h) 1 d -> b g h d", g=groups)
+        return rearrange(F.scaled_dot_product_attention(folded, k, v), "b g h d -> b (g h) 1 d")
     training = torch.is_grad_enabled() and q.dtype == torch.bfloat16 and new_tokens == total <= row_blocks.LONGEST
     if training and q.device.type == "cpu" and multiplies_bfloat16(q.device):
         return row_blocks.row_block_attention(q, k, v)
     mask = None
-    if 1 < new_tokens < total:
+    if new_tokens < total:
         mask = torch.ones(new_tokens, total, dtype=torch.bool, device=q.device).tril(total - new_tokens)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=new_tokens == total, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)

@@ -243,8 +243,7 @@ def generate(
     new_ids, prompt = input_ids, input_ids[0].tolist()
     output: list[int] = []
     for _ in range(max_new_tokens):
-        hidden = model.hidden_states(new_ids, cache)[-1][0, -1]  # [C]: of a prompt, only the last token's logits
-        logits = model.logits(hidden).float().cpu().numpy()  # [V]
+        logits = model(new_ids, cache, last=True)[0, 0].float().cpu().numpy()  # [V]
         token = choose_token(logits, params, random.random(), prompt, output)
         if token in stop_ids:
             return

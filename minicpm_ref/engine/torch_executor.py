@@ -7,9 +7,8 @@ enough), the list of all layers' states, angles computed anew for each token.
 
 Two rules of its own:
 
-- *Angles.* A row's keys are always stored at the angles of the row's present length. When a row crosses LongRoPE's
-  original length, in either direction, its cached keys are turned by the difference, as `MiniCPM` does going forward.
-  The published files have two equal lists, and nothing turns.
+- *Angles.* A row's keys stand at the angles of the row's present length: when it crosses LongRoPE's original length, in
+  either direction, the cache turns them (`KVCache.turn_keys`).
 - *Trees in sparse attention.* Each draft of a tree chooses blocks as if its own branch were the text, which is what
   makes verification equal to plain decoding; the branch is copied behind the text for it. That is dull and slow.
 
@@ -29,11 +28,11 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minicpm_ref import backend
 from minicpm_ref.cache import KVCache
 from minicpm_ref.engine.executor import Logits, check_tokens, depths
 from minicpm_ref.model import Attention, DecoderLayer, MiniCPM
 from minicpm_ref.ops import apply_rope, causal_attention, rope_angles, rope_attention_factor
+from minicpm_ref.sparse import attend
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,6 @@ class TorchExecutor:
             )
         self.chunk_length, self.capture_layers = chunk_length, tuple(capture_layers)
         self.cache = KVCache(self.config, batch, self.max_length, model.device, model.dtype)
-        self._long = [False] * batch  # whose keys are at LongRoPE's long angles
         self._captured: list[list[Tensor]] = [[] for _ in range(batch)]  # a row's last call: [layers, n, C] a chunk
         self._angles = self._rope_table()  # cos and sin, short and long: [2, 2, S, D/2]
 
@@ -194,10 +192,10 @@ class TorchExecutor:
         """Final residual stream [T, C] of the tokens of all pieces, end to end; the cache takes them."""
         device = self.model.device
         for piece in pieces:
-            self._turn_keys(piece.row, self._is_long(piece.final))
+            self.cache.turn_keys(piece.row, piece.final)
         ids = torch.tensor([token for piece in pieces for token in piece.ids], device=device)
         positions = torch.tensor([position for piece in pieces for position in piece.positions], device=device)
-        long = torch.tensor([int(self._long[piece.row]) for piece in pieces for _ in piece.ids], device=device)
+        long = torch.tensor([int(self.cache.long[piece.row]) for piece in pieces for _ in piece.ids], device=device)
         cos, sin = self._angles[:, long, positions][:, None]  # [1, T, D/2] each
         decoder = self.model.model
         x = decoder.embed_tokens(ids)[None] * self.config.scale_emb  # [1, T, C]
@@ -241,25 +239,14 @@ class TorchExecutor:
         if config is None or piece.final < config.dense_len:
             if piece.parents is not None:
                 return _masked_attention(q, keys, values, _tree_mask(piece, q.device))
-            if q.shape[1] == 1:
-                return _single_query(q, keys, values)
             return causal_attention(q[None], keys[None], values[None])[0]
         if piece.parents is None:
-            assert self.cache.compressed is not None  # final <= capacity, so the cache made room for pooled keys
-            pooled = self.cache.compressed.update(layer, piece.row, keys)
-            return self._sparse(q[None], keys[None], values[None], pooled)[0]
+            return attend(q[None], keys[None], values[None], config, self.cache.pooled(layer, piece.row, keys))[0]
         nodes = []
         for node, branch in enumerate(piece.branches):
             seen = [*range(piece.past), *(piece.past + index for index in branch)]
-            nodes.append(self._sparse(q[None, :, node : node + 1], keys[None, :, seen], values[None, :, seen], None)[0])
+            nodes.append(attend(q[None, :, node : node + 1], keys[None, :, seen], values[None, :, seen], config)[0])
         return torch.cat(nodes, dim=1)
-
-    def _sparse(self, q: Tensor, keys: Tensor, values: Tensor, pooled: tuple[Tensor, Tensor] | None) -> Tensor:
-        chosen = "torch" if q.dtype == torch.float64 else backend.choose("sparse_attention", q.device)
-        select, attend = (backend.kernel(name, chosen) for name in ("select_blocks", "sparse_attention"))
-        config = self.config.sparse_config
-        out: Tensor = attend(q, keys, values, select(q, keys, config, compressed=pooled), config)
-        return out
 
     # ---- rows and angles ---------------------------------------------------------------------------------------------
 
@@ -278,34 +265,6 @@ class TorchExecutor:
         long = torch.tensor([[False], [True]], device=self.model.device).expand(2, self.max_length)
         angles = rope_angles(self.config, positions[None], long).expand(2, -1, -1)  # plain RoPE knows one list only
         return torch.stack((angles.cos(), angles.sin())) * rope_attention_factor(self.config)
-
-    def _is_long(self, length: int) -> bool:
-        scaling = self.config.rope_scaling
-        return scaling is not None and length > scaling.original_max_position_embeddings
-
-    def _turn_keys(self, row: int, long: bool) -> None:
-        """Bring a row's cached keys from one list of angles to the other, if they stand at the wrong one."""
-        scaling, length = self.config.rope_scaling, self.length(row)
-        if long == self._long[row]:
-            return
-        self._long[row] = long
-        if scaling is None or scaling.short_factor == scaling.long_factor or length == 0:
-            return
-        positions = torch.arange(length, device=self.model.device)
-        to_long = torch.ones_like(positions, dtype=torch.bool)
-        turn = rope_angles(self.config, positions, to_long) - rope_angles(self.config, positions, ~to_long)
-        turn = turn if long else -turn
-        keys = self.cache.keys[:, row, :, :length]  # [L, G, S, D]
-        keys.copy_(apply_rope(keys, turn.cos(), turn.sin()))
-        if self.cache.compressed is not None:
-            self.cache.compressed.truncate(row, 0)
-
-
-def _single_query(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention of one token: the heads of a group stand as the queries of their key-value head, so that keys are read
-    once a group. q [H, 1, D], keys and values [G, S, D] -> [H, 1, D]."""
-    folded = rearrange(q, "(g h) 1 d -> 1 g h d", g=keys.shape[0])
-    return rearrange(F.scaled_dot_product_attention(folded, keys[None], values[None]), "1 g h d -> (g h) 1 d")
 
 
 def _masked_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

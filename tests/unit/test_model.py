@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from minicpm_ref.cache import KVCache
 from minicpm_ref.config import LongRope, ModelConfig
 from minicpm_ref.formats.granite import to_granite
 from minicpm_ref.model import MiniCPM
-from minicpm_ref.ops import apply_rope, rope_angles
+from minicpm_ref.ops import apply_rope, causal_attention, rope_angles
 
 ORIGINAL = 32  # LongRoPE's original length in these tests
 SHORT = tuple(1.0 + 0.1 * i for i in range(8))
@@ -166,6 +167,13 @@ def test_rotation_keeps_length_and_depends_on_distance_only() -> None:
         (lambda m: m(tokens(1, 5), KVCache(m.config, 1, 4)), "capacity of 4"),
         (lambda m: m(tokens(3, 2), KVCache(m.config, 2, 4)), "3 sequences"),
         (lambda m: m(torch.tensor([[300]])), "300"),
+        (lambda m: m(tokens(1, 129)), "129 tokens: expected 129 to max_position_embeddings = 128"),
+        (lambda m: m(tokens(1, 5), KVCache(m.config, 1, 8), final_length=4), "final_length = 4: expected 5 to"),
+        (lambda m: m(tokens(1, 5), KVCache(m.config, 1, 8), final_length=129), "final_length = 129"),
+        (
+            lambda m: m(tokens(1, 5), KVCache(m.config, 1, 8, dtype=torch.float16)),
+            "float16 on cpu: expected",
+        ),
         (lambda m: KVCache(m.config, 0, 4), "batch_size=0"),
         (lambda m: KVCache(m.config, 1, 4).truncate(torch.tensor([1])), "truncate"),
     ],
@@ -178,3 +186,81 @@ def test_bad_input_is_refused_in_words(call, message: str) -> None:
 def test_an_output_matrix_starts_at_zero_so_the_first_prediction_is_uniform() -> None:
     assert (MiniCPM(config(4, 2, False, False)).init_weights(0)(tokens(1, 5)) == 0).all()
     assert (MiniCPM(config(4, 2, True, False)).init_weights(0)(tokens(1, 5)) != 0).any()
+
+
+@torch.no_grad()
+def test_last_gives_one_row_of_logits_a_sequence() -> None:
+    model, ids = build(), tokens(2, 9)
+    torch.testing.assert_close(model(ids, last=True), model(ids)[:, -1:], atol=2e-5, rtol=0)
+    packed = tokens(1, 9)
+    torch.testing.assert_close(
+        model(packed, cu_seqlens=[0, 4, 9], last=True),
+        model(packed, cu_seqlens=[0, 4, 9])[:, [3, 8]],
+        atol=2e-5,
+        rtol=0,
+    )
+
+
+@torch.no_grad()
+def test_a_prefill_computes_one_row_of_logits_and_keeps_no_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    states: list[weakref.ref[torch.Tensor]] = []
+    alive, rows = [], []
+
+    def layer_is_done(module, args, out):
+        states.append(weakref.ref(out))
+        alive.append(sum(state() is not None for state in states))
+
+    for layer in model.model.layers:
+        layer.register_forward_hook(layer_is_done)
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: rows.append(hidden.shape[:-1].numel()) or logits(hidden))
+    model(tokens(1, 50), KVCache(model.config, capacity=50), last=True)
+    assert rows == [1]
+    assert max(alive) <= 2  # what a layer reads, and what it gives
+    alive.clear()
+    states.clear()
+    kept = model.hidden_states(tokens(1, 50))
+    assert len(kept) == len(model.model.layers) + 2
+    assert max(alive) == len(model.model.layers)  # so the count notices
+
+
+@torch.no_grad()
+def test_rows_that_stand_alike_share_one_call_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    calls = []
+
+    def count(q, k, v):
+        calls.append(q.shape[0])
+        return causal_attention(q, k, v)
+
+    monkeypatch.setattr("minicpm_ref.model.causal_attention", count)
+    cache = KVCache(model.config, batch_size=4, capacity=20)
+    ids = tokens(4, 9)
+    model(ids, cache)
+    model(tokens(3, 1, seed=2), cache)  # three of the rows go on
+    calls.clear()
+    after = model(tokens(4, 1, seed=3), cache)
+    assert calls == [3, 1] * len(model.model.layers)
+    for row in range(4):
+        own = [ids[row : row + 1], *([tokens(3, 1, seed=2)[row : row + 1]] if row < 3 else [])]
+        alone = model(torch.cat((*own, tokens(4, 1, seed=3)[row : row + 1]), dim=1))[:, -1]
+        torch.testing.assert_close(after[row], alone, atol=2e-5, rtol=0)
+
+
+def test_one_query_reads_the_keys_of_a_group_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The heads of a group are folded into queries of one head: as many heads as keys have reach the attention."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 1 if heads == 8 else 30, 16, generator=generator) for heads in (8, 2, 2))
+    heads = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def record(query, key, value, **options):
+        heads.append((query.shape[1], key.shape[1]))
+        return attention(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    weights = (torch.einsum("bghd,bgsd->bghs", q.view(2, 2, 4, 16).double(), k.double()) / 4).softmax(-1)
+    exact = torch.einsum("bghs,bgsd->bghd", weights, v.double()).reshape(2, 8, 1, 16)
+    torch.testing.assert_close(causal_attention(q, k, v).double(), exact, atol=1e-5, rtol=0)
+    assert heads == [(2, 2)]

@@ -145,7 +145,7 @@ def test_each_node_of_a_tree_equals_decoding_its_branch(model: MiniCPM, base: in
     assert_same(executor.decode([0], [IDS[9]]), alone.decode([0], [IDS[9]]))
 
 
-def test_turned_keys_turn_back(monkeypatch) -> None:
+def test_turned_keys_turn_back() -> None:
     """A row that crossed LongRoPE's original length and was cut again equals one that never did (code review C5)."""
     model = model_of("long-rope")
     executor = TorchExecutor(model, max_length=100)
@@ -158,7 +158,7 @@ def test_turned_keys_turn_back(monkeypatch) -> None:
     executor.decode([0], [IDS[31]])
     executor.decode([0], [IDS[32]])
     executor.truncate(0, 30)
-    executor._long[0] = False
+    executor.cache.long[0] = False
     with pytest.raises(AssertionError):
         assert_same(executor.decode([0], [IDS[30]])[0], decoded(model, 30, 31)[-1])
 

@@ -117,6 +117,27 @@ def test_decoding_across_dense_len():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("sizes", [[1] * TOKENS, [100, 28, 22]], ids=["token-by-token", "chunks"])
+def test_a_prompt_in_pieces_that_knows_its_length_is_one_pass(sizes):
+    model = build(replace(SPARSE, dense_len=120))
+    cache = KVCache(model.config, capacity=TOKENS)
+    pieces = [model(piece, cache, final_length=TOKENS) for piece in tokens().split(sizes, dim=1)]
+    whole = model(tokens())
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, **CLOSE)
+    assert not torch.allclose(in_pieces(model, tokens(), sizes), whole, **CLOSE)  # what the length is needed for
+
+
+@torch.no_grad()
+def test_rows_of_equal_lengths_are_attended_together():
+    model = build()
+    ids = torch.cat([tokens(100, seed) for seed in range(3)])
+    cache = KVCache(CONFIG, batch_size=3, capacity=TOKENS)
+    together = torch.cat([model(piece, cache) for piece in ids.split([70, 29, 1], dim=1)], dim=1)
+    torch.testing.assert_close(together, model(ids), **CLOSE)
+    assert torch.equal(pooled_keys(cache), fresh_keys(cache))
+
+
+@torch.no_grad()
 def test_rows_of_different_lengths_share_a_cache():
     model = build()
     lengths = [97, 1, 130]

@@ -158,7 +158,10 @@ def test_a_round_that_does_not_verify_is_rolled_back(
     assert len(set(hashes)) == 4, "a rolled-back round is followed by another draw"
 
 
-@pytest.mark.skipif("fork" not in get_all_start_methods(), reason="needs a cheap copy of this process")
+@pytest.mark.skipif(
+    "fork" not in get_all_start_methods() or torch.cuda.is_available(),
+    reason="needs a cheap copy of this process, which torch allows only where it has no device threads",
+)
 def test_killed_and_called_again_it_gives_the_same(
     pools: tuple[Path, Path], default: Corpus, parent: Path, looped: Path, tmp_path: Path
 ) -> None:

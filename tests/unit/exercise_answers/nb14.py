@@ -48,9 +48,7 @@ def contamination(item: str, document: str, n: int) -> float:
 
 
 def of_the_document(item: str, document: str, n: int) -> float:
-    words = re.findall(r"\w+", document.lower())
-    grams = {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
-    return contamination(item, document, n) * 21 / len(grams) if grams else 0.0
+    return contamination(document, item, n) if len(document.split()) >= n else 0.0
 
 
 def line_by_line(item: str, document: str, n: int) -> float:
@@ -79,7 +77,7 @@ WRONG: dict[str, Wrong] = {
     "too many": (nb14.check_choose_bands, lambda p, *_: (p, 2), "more than there are"),
     "too noisy": (nb14.check_choose_bands, lambda p, *_: (p, 1), "are looked at"),
     "timid": (nb14.check_choose_bands, lambda p, *_: (1, p), "can be had"),
-    "share of the document": (nb14.check_contamination, of_the_document, "inside a long text"),
+    "share of the document": (nb14.check_contamination, of_the_document, "inside a long text|half of the item"),
     "line by line": (nb14.check_contamination, line_by_line, "rewrapped"),
     "capitals": (nb14.check_contamination, with_capitals, "capitals"),
     "short items never": (nb14.check_contamination, only_long, "matches as a whole"),

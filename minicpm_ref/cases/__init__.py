@@ -44,6 +44,7 @@ from minicpm_ref.cases.sparse import (
     SparseAttentionCase,
 )
 from minicpm_ref.cases.sparse_tree import SPARSE_TREE_ATTENTION, SparseTreeCase
+from minicpm_ref.cases.speculative import ACCEPT_SAMPLED_CHAIN, CHAIN_GAIN, ChainGainCase, SampledChainCase
 from minicpm_ref.cases.ternary import (
     DEQUANTIZE,
     FAKE_QUANTIZE,
@@ -107,10 +108,16 @@ TABLES: dict[str, Sequence[Case]] = {
     "orthogonalize": ORTHOGONALIZE,
     "bits_per_byte": BITS_PER_BYTE,
     "process_logits": PROCESS_LOGITS,
+    "accept_sampled_chain": ACCEPT_SAMPLED_CHAIN,
+    "chain_gain": CHAIN_GAIN,
     "multiplied_parameters": MULTIPLIED_PARAMETERS,
 }
 
 __all__ = [
+    "ACCEPT_SAMPLED_CHAIN",
+    "CHAIN_GAIN",
+    "ChainGainCase",
+    "SampledChainCase",
     "ADD_RMS_NORM",
     "APPLY_ROPE",
     "BITS_PER_BYTE",

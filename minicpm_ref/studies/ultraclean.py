@@ -10,6 +10,8 @@
 The pool: source files of this machine (train split), a quarter as many planted junk files, half as many files with
 their words shuffled (which no rule can see), and copies. The verified seeds are files that are not in the pool. Truth
 for the rules: a real file counts as good unless it lies in a folder of tables, generated code or test data (`POOR`).
+The limits for code were set while looking at files of these groups and at these generators, so recall and precision are
+those of a fitted filter; other people's data will be harder.
 
 Budgets are small (see `settings` in the results): the runs say which mixture is better, not how good a model gets.
 Run: python -m minicpm_ref.studies.ultraclean CORPUS SCRATCH

@@ -178,7 +178,7 @@ def test_a_prefill_computes_the_logits_of_one_token(monkeypatch) -> None:
     logits = model.logits
     monkeypatch.setattr(model, "logits", lambda hidden: shapes.append(tuple(hidden.shape)) or logits(hidden))
     list(generate(model, torch.ones(1, 40, dtype=torch.int64), 2))
-    assert shapes == [(32,), (32,)]
+    assert shapes == [(1, 1, 32), (1, 1, 32)]  # one row of one token
 
 
 def test_seeds_repeat_and_no_seed_does_not() -> None:

@@ -20,8 +20,8 @@ A cache in 16 bits is widened a block at a time, into scratch that stays in the 
 a few instructions, which the sixteen heads that use each of them outweigh. float16 is taken apart by integers, since
 not every CPU has the conversion.
 
-The loops around this are in `_cpu_attend` and `_cpu_select`. numba's cache looks at the age of the file that defines a
-compiled function and at nothing else, so an edit here would go on running old code; `SOURCES` is in their cache keys.
+The loops around this are in `_cpu_attend` and `_cpu_select`. numba's cache looks at the file that defines a compiled
+function and at no other, so after an edit here they would go on running old code; `SOURCES` is in their cache keys.
 """
 
 from __future__ import annotations

@@ -377,7 +377,7 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_benchmark_refuses_without_a_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU: the benchmark would run")
-    script = Path(__file__).parents[2] / "kernels" / "bench" / "ternary_matmul_gpu.py"
+    script = Path(__file__).parents[3] / "kernels" / "bench" / "ternary_matmul_gpu.py"
     done = subprocess.run([sys.executable, script, "--quick"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("no GPU here")

@@ -162,7 +162,7 @@ def test_a_decode_step_copies_no_cache_of_16_bits() -> None:
 
 
 def test_machine_code_is_not_kept_beyond_an_edit_of_its_generator() -> None:
-    """numba compares free variables and the age of one file; the others' content is a free variable of each loop."""
+    """numba compares one file and free variables; the content of all the files is a free variable of each loop."""
     for function in (attend, pool, select):
         assert [cell.cell_contents for cell in function.__closure__ or ()] == [SOURCES]
 

@@ -20,6 +20,7 @@ What they rest on:
 - `registry`   which kernel stands for which reference, and with which settings it must compile
 - `checks`     what a wrapper asks of its arguments before it launches a kernel
 - `cpu_threads`   how many threads a kernel on the CPU uses
+- `disk_cache`   machine code that numba keeps on disk, where it finds a place for it
 - `testing`    how a kernel is judged: poisoned outputs, guarded inputs, error relative to the reference
 - `aot`        ahead-of-time compilation for GPUs that are not here: shared memory, registers, spills, PTX
 """

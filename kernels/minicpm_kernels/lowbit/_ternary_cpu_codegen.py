@@ -37,9 +37,11 @@ from typing import Any
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba import carray, float32, int64, njit, prange, types, void
+from numba import carray, float32, int64, prange, types, void
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from minicpm_kernels.disk_cache import cached_njit
 
 GROUP = 128  # columns with one scale
 ROWS = 16  # rows in lanes
@@ -282,7 +284,7 @@ def _emit_tile(
         store.align = 4
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@cached_njit()
 def _quantize_token(x, q, q_scales, offsets, first, tokens, token):  # type: ignore[no-untyped-def]
     """One token x [columns] into place `token` of a tile of `tokens` that starts at token `first` of the buffers.
 
@@ -372,4 +374,4 @@ def compiled(version: str, parallel: bool) -> Callable[..., None]:
 
     # numba names its cache files after the function; the flags that it was compiled with are not in their key
     multiply.__qualname__ = f"multiply_{version}_{'parallel' if parallel else 'serial'}"
-    return njit(void(*[int64] * 10), cache=True, nogil=True, parallel=parallel, error_model="numpy")(multiply)
+    return cached_njit(void(*[int64] * 10), parallel=parallel)(multiply)

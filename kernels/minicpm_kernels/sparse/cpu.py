@@ -31,13 +31,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import cast
 
 import numpy as np
 import torch
-from numba import njit
 
 from minicpm_kernels.cpu_threads import numba_threads, thread_count
+from minicpm_kernels.disk_cache import cached_njit
 from minicpm_kernels.sparse._cpu_attend import ATTEND_SIGNATURE, attend
 from minicpm_kernels.sparse._cpu_select import CHUNK, POOL_SIGNATURE, SELECT_SIGNATURE, pool, select
 from minicpm_kernels.sparse._cpu_vectors import BFLOAT16, FLOAT16, FLOAT32, INSTRUCTION_SET, LANES, TILE
@@ -54,8 +53,7 @@ _SIGNATURES = {attend: ATTEND_SIGNATURE, pool: POOL_SIGNATURE, select: SELECT_SI
 def compiled(function: Callable[..., None]) -> Callable[..., None]:
     """`attend`, `pool` or `select` as machine code; strides and storage are arguments like any other, so there is one
     of each."""
-    options = {"cache": True, "nogil": True, "parallel": True, "error_model": "numpy"}
-    return cast(Callable[..., None], njit(_SIGNATURES[function], **options)(function))
+    return cached_njit(_SIGNATURES[function], parallel=True)(function)
 
 
 def select_blocks(

@@ -7,8 +7,10 @@ of a group are exact integers and the float32 steps are written down, so any dif
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numba
 import pytest
@@ -181,3 +183,27 @@ def test_a_second_process_compiles_nothing(tmp_path) -> None:  # type: ignore[no
         for _ in range(2)
     ]
     assert [run.split() for run in runs] == [["0", "1"], ["1", "0"]]
+
+
+@pytest.mark.slow
+def test_where_nothing_can_be_cached_it_compiles_without(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """A read-only installation: files stand where numba's folders would be, and there is no home, even for root."""
+    package = tmp_path / "minicpm_kernels"
+    source = Path(ternary_cpu.__file__).parents[1]
+    shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__", "*.md"))
+    for folder in (package, *(path for path in package.iterdir() if path.is_dir())):
+        (folder / "__pycache__").write_text("")
+    code = (
+        "import torch, minicpm_kernels; from minicpm_kernels.lowbit import ternary_cpu as k;"
+        "y = k.ternary_matmul_int8(torch.ones(1, 128), torch.zeros(1, 8, 16, 4, dtype=torch.uint8),"
+        " torch.ones(1, 1, 16, dtype=torch.float16));"
+        "from minicpm_kernels.sparse import cpu; print(minicpm_kernels.__file__, y.shape[-1])"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")
+    }
+    environment |= {"HOME": "/dev/null", "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(package / "__init__.py"), "16"]

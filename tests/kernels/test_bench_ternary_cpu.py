@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from minicpm_ref.plotting import load_results
 
@@ -44,3 +45,19 @@ def test_quick_numbers_are_not_kept() -> None:
     done = run("--quick")
     assert done.returncode != 0
     assert "name another folder" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["ternary_int8", "torch_float32", "torch_bfloat16"])
+def test_a_wrong_candidate_is_not_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH.parent)
+    import ternary_matmul as bench
+
+    problem = bench.Problem(64, 512, None, 1 << 18)
+    x = torch.randn(3, 512, generator=torch.Generator().manual_seed(1))
+    candidates = problem.candidates(x, 1)
+    errors = bench.check(candidates, x, problem.dense)
+    assert set(errors) == set(candidates)
+    right = candidates[name].output
+    candidates[name].output = lambda: right() * (1 + 2 * bench.ACCEPTED[name])
+    with pytest.raises(RuntimeError, match=f"{name}: relative error .*, accepted"):
+        bench.check(candidates, x, problem.dense)

@@ -57,7 +57,7 @@ def cpu_results(implementations: dict[str, tuple[float, float]]) -> dict[str, An
                     times = size / (10 * threads**0.8) / 1e3, out * columns * tokens / (peak * threads) / 1e3
                     rows.append(
                         {"kind": "product", "implementation": name, "shape": shape, "out": out, "in": columns}
-                        | {"tokens": tokens, "threads": threads, "weight_bytes": size, "min_us": max(times)}
+                        | {"tokens": tokens, "threads": threads, "weight_bytes": size, "median_us": max(times)}
                     )
     return CIRCUMSTANCES | {"rows": rows}
 

@@ -22,7 +22,7 @@ BENCHES   := rms_norm ternary_matmul sparse_attention_cpu $(if $(shell command -
 .PHONY: help install demo lab test test-fast test-aot test-gpu test-notebooks lint types notebooks figures bench clean
 
 help:  ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -41,7 +41,7 @@ demo: $(READY)  ## the main job: complete a prompt with the embedded weights, me
 lab: $(READY)  ## JupyterLab in notebooks/
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
-test: lint types test-code test-aot test-gpu test-notebooks  ## everything that CI runs
+test: lint types test-code test-aot test-gpu test-notebooks test-numerics-half test-lowest  ## everything that CI runs
 
 lint: $(READY)  ## ruff, notebooks included
 	$(BIN)/ruff check .
@@ -53,8 +53,8 @@ test-fast: $(READY)  ## unit tests that are not slow
 	$(BIN)/pytest tests/unit -m 'not slow' -n $(WORKERS)
 
 .PHONY: test-code
-test-code: $(READY)  ## unit tests, and kernels in the interpreter
-	$(BIN)/pytest tests/unit tests/kernels -m 'not aot' -n $(WORKERS)
+test-code: $(READY)  ## unit tests, kernels in the interpreter, planted mistakes
+	$(BIN)/pytest tests/unit tests/kernels tests/numerics -m 'not aot' -n $(WORKERS)
 
 test-aot: $(READY)  ## kernels compiled ahead of time for GPUs that need not be here
 	TRITON_INTERPRET=0 $(BIN)/pytest tests/kernels -m aot -n $(WORKERS)
@@ -65,6 +65,16 @@ test-gpu: $(READY)  ## kernels on the GPU; every test skips with a reason where 
 # tests/notebooks comes first on the line so that tests/conftest.py sets the environment that the kernels inherit.
 test-notebooks: $(READY)  ## notebooks: their contract, and every stored output against a fresh run
 	$(BIN)/pytest tests/notebooks $(NOTEBOOKS) $(NBVAL) -n $(WORKERS) --dist loadfile
+
+.PHONY: test-numerics test-numerics-half test-lowest
+test-numerics: $(READY)  ## numeric tests under settings that stand for other processors and thread counts
+	$(BIN)/python tests/numerics/lane.py --workers $(WORKERS)
+
+test-numerics-half: $(READY)  ## half of those settings, chosen by the commit's hash
+	$(BIN)/python tests/numerics/lane.py --workers $(WORKERS) --half
+
+test-lowest: $(READY)  ## what the packages do for us, with the oldest ones that pyproject.toml admits
+	$(BIN)/python tests/lowest.py
 
 notebooks: $(READY)  ## re-execute every notebook in place
 	for notebook in $(NOTEBOOKS); do $(BIN)/jupyter nbconvert --execute --inplace --ExecutePreprocessor.record_timing=False "$$notebook" || exit 1; done

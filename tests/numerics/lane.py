@@ -141,7 +141,7 @@ def probe() -> dict[str, Any]:
         import numba
 
         from minicpm_kernels.lowbit.ternary_cpu import SUPPORTED
-        from minicpm_kernels.sparse._cpu_codegen import INSTRUCTION_SET
+        from minicpm_kernels.sparse.cpu import INSTRUCTION_SET
 
         numba.njit(lambda x: (x * x).sum())(np.ones(100, np.float32))  # that its code for this target runs here
         found |= {"numba": [INSTRUCTION_SET, *SUPPORTED]}

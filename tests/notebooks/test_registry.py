@@ -26,7 +26,7 @@ from .tools import NOTEBOOKS, ROOT, code_cells, definitions, package_function, p
 # The first notebook is a tour of the others: it uses the package and derives nothing.
 TOURS = {"00_start_here"}
 # modules of minicpm_kernels that hold no kernel
-SUPPORT = {"registry", "testing", "aot", "checks", "cpu_threads", "sparse.arguments", "sparse.windows"}
+SUPPORT = {"registry", "testing", "aot", "checks", "cpu_threads", "disk_cache", "sparse.arguments", "sparse.windows"}
 
 # rooms that are one program instead of twins of functions; its executor is held to the reference decoder
 PROGRAMS = {"engine"}

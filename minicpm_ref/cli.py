@@ -37,7 +37,7 @@ console = Console(emoji=False)
 Source = Annotated[
     str | None,
     typer.Option(
-        "--weights", help="A folder or hub id in the published layout. Default: the weights inside this package."
+        "--weights", help="A folder, a .gguf file, a hub id, or 'smollm2'. Default: the weights inside this package."
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]

@@ -306,7 +306,7 @@ def _token_bytes(backend: _Tokenizer, special: set[int]) -> tuple[dict[int, byte
         if i in literal:
             found[i] = token.encode()
         elif "ByteLevel" in kinds:
-            found[i] = bytes(letters[letter] for letter in token)
+            found[i] = bytes(letters[x] for x in token) if all(x in letters for x in token) else token.encode()
         elif "ByteFallback" in kinds and token in byte:
             found[i] = byte[token]
         else:

@@ -1,4 +1,4 @@
-"""The main job: real weights, a real text, and one table of what everything costs and buys.
+"""The main job: real weights, a real answer, a real text, and one table of what everything costs and buys.
 
 `run_tour` is what `minicpm-ref tour` and `make demo` run. Speeds are medians on the machine at hand and are only
 comparable with each other; bits per byte is measured on the same held-out text everywhere.
@@ -28,6 +28,8 @@ from minicpm_ref.checkpoint import EMBEDDED, load, variants
 from minicpm_ref.config import ModelConfig
 from minicpm_ref.data import read_held_out
 from minicpm_ref.evaluate import bits_per_byte
+from minicpm_ref.formats import has_smollm2, to_granite, to_llama
+from minicpm_ref.formats.smollm2 import HOW_TO_GET
 from minicpm_ref.machine import machine, read_bandwidth
 from minicpm_ref.model import MiniCPM
 from minicpm_ref.sampling import SamplingParams, generate
@@ -35,6 +37,7 @@ from minicpm_ref.terminal import show
 from minicpm_ref.tokenizer import Tokenizer, stream_text
 
 PREFILL, DECODE = 512, 32  # tokens of the timed prompt and of the timed continuation
+QUESTION = "Why is the sky blue? Answer in two sentences."
 CONTEXTS = (64, 128, 256, 512)  # lengths at which the picture shows the cost of one more token
 
 
@@ -52,9 +55,11 @@ class Row:
 
 
 def run_tour(console: Console, prompt: str, weights: str | None, device: str, out: Path) -> list[Row]:
-    """Stream a completion of `prompt`, measure every variant and decoder, write the picture `out`; returns the table's
-    rows."""
+    """Let a public chat model answer a question, stream a completion of `prompt`, measure every variant and decoder,
+    write the picture `out`; returns the table's rows."""
     check_picture(out)
+    if weights is None:
+        converse(console, QUESTION, device)
     model, tokenizer = load(weights, device)
     if tokenizer is None:
         raise ValueError(f"{weights}: no tokenizer.json in the folder, so a text cannot be encoded")
@@ -81,6 +86,25 @@ def run_tour(console: Console, prompt: str, weights: str | None, device: str, ou
     draw(curves, rows, machine(torch.device(device))["device"], console, out)
     console.print("Next: [bold]make lab[/bold], then open [bold]notebooks/00_start_here.ipynb[/bold].")
     return rows
+
+
+def converse(console: Console, question: str, device: str, tokens: int = 96) -> None:
+    """Put `question` to SmolLM2 and stream its answer, the most likely token at each step; where it is not installed,
+    say how to get it."""
+    if not has_smollm2():
+        show(console, f"SmolLM2-135M, a public chat model, would answer a question here: {HOW_TO_GET}\n")
+        return
+    model, tokenizer = load("smollm2", device)
+    assert tokenizer is not None
+    console.print(describe(model, "SmolLM2-135M-Instruct: other people's weights in this package's decoder", device))
+    console.rule("a question and its answer")
+    show(console, question + "\n", style="dim")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": question}])
+    answer = generate(model, torch.tensor([ids], device=model.device), tokens, None, tokenizer.eos_ids)
+    for piece in stream_text(tokenizer, answer):
+        show(console, piece)
+    console.print()
+    console.rule()
 
 
 def describe(model: MiniCPM, weights: str | None, device: str) -> Panel:
@@ -197,20 +221,19 @@ def measure_transformers(console: Console, model: MiniCPM, ids: Tensor) -> Row:
     """The same weights in transformers; raises RuntimeError if its logits differ by more than rounding."""
     from transformers import DynamicCache
 
-    from minicpm_ref.formats.granite import to_granite
-
-    granite = to_granite(model)
-    difference = (granite(ids).logits - model(ids)).abs().max().item()
-    console.print(f"transformers (Granite) on the same weights: logits differ by at most {difference:.1e}")
+    family, convert = ("Llama", to_llama) if model.config.is_llama else ("Granite", to_granite)
+    other = convert(model)
+    difference = (other(ids).logits - model(ids)).abs().max().item()
+    console.print(f"transformers ({family}) on the same weights: logits differ by at most {difference:.1e}")
     if model.dtype == torch.float32 and difference > 1e-3:
         raise RuntimeError(f"transformers' logits differ by {difference:.1e}: expected less than 1e-3")
 
     def begin() -> Callable[[Tensor], Tensor]:
-        cache = DynamicCache(config=granite.config)
-        return lambda new_ids: granite(new_ids, past_key_values=cache, use_cache=True).logits
+        cache = DynamicCache(config=other.config)
+        return lambda new_ids: other(new_ids, past_key_values=cache, use_cache=True).logits
 
     speeds = median_speeds(begin, ids)
-    return Row("transformers", model.config.num_parameters(), nbytes(granite), None, None, *speeds)
+    return Row("transformers", model.config.num_parameters(), nbytes(other), None, None, *speeds)
 
 
 def table(rows: list[Row]) -> Table:

@@ -1,4 +1,4 @@
-"""Tensors of a folder in the published layout: one safetensors file, or shards and the index that lists them.
+"""A folder in the published layout: `config.json`, one safetensors file or shards with their index, `tokenizer.json`.
 
 Only safetensors and JSON are opened; a pickle can run code and is named, never read. What exporters of the past have
 left in such folders and means nothing is dropped here (stored rotary frequencies, which follow from `config.json`);
@@ -11,19 +11,63 @@ safetensors write them.
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
 from torch import Tensor
 
-from minicpm_ref.published import read_json, require
+from minicpm_ref.config import ModelConfig
+from minicpm_ref.lowbit.packing import TernaryTensor, unpack_tensors
+from minicpm_ref.published import read_json, require, token_ids
+from minicpm_ref.tokenizer import Tokenizer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 # Buffers that older exporters stored: recomputed from config.json by every loader.
 _ROTARY = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
+
+
+@dataclass
+class Contents:
+    """What a checkpoint of any format holds: under published names the `tensors` to load as they are, and the packed
+    `matrices` (name of the linear, codes and scales), which are unpacked one by one while they are asked for."""
+
+    path: Path
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    matrices: Iterable[tuple[str, TernaryTensor]]
+    tokenizer: Tokenizer | None
+
+
+def read_folder(folder: Path) -> Contents:
+    """The checkpoint in `folder`; its end tokens are those of `config.json` and `generation_config.json` (chat models
+    often name theirs only there). Raises FileNotFoundError or ValueError naming the file and the tensor or key.
+
+    >>> read_folder(Path("MiniCPM4-0.5B")).config.eos_token_id
+    (2, 73440)
+    """
+    config = ModelConfig.from_json(folder / "config.json")
+    more = folder / "generation_config.json"
+    if more.is_file():
+        found = read_json(more).get("eos_token_id")
+        try:
+            ids = () if found is None else token_ids("eos_token_id", found, config.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"{more}: {error}") from error
+        config = dataclasses.replace(config, eos_token_id=tuple(dict.fromkeys((*config.eos_token_id, *ids))))
+    tensors, metadata = read_tensors(folder)
+    if count_layers(tensors) != config.num_hidden_layers:  # before a decoder of a billion layers is built
+        raise ValueError(
+            f"{folder}: config.json says num_hidden_layers = {config.num_hidden_layers}, "
+            f"the weights have {count_layers(tensors)}"
+        )
+    vocabulary = folder / "tokenizer.json"
+    tokenizer = Tokenizer.load(vocabulary) if vocabulary.is_file() else None
+    return Contents(folder, config, tensors, unpack_tensors(tensors, metadata), tokenizer)
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -22,7 +22,7 @@ Source: MiniCPM4 technical report (arXiv 2506.07900) section 3.3.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -38,7 +38,6 @@ from minicpm_ref.lowbit.packing import (
     scales_from_lanes,
     scales_to_lanes,
     to_lanes,
-    unpack_tensors,
 )
 from minicpm_ref.lowbit.ternary import fake_quantize, find_grid, quantize, recover_ternary, split_groups
 
@@ -180,15 +179,15 @@ def ternary_state(model: nn.Module, packing: str = "base3") -> tuple[dict[str, T
     return pack_tensors({name: layer.matrix() for name, layer in layers.items()}, packing)
 
 
-def install_ternary(model: nn.Module, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> list[str]:
+def install_ternary(model: nn.Module, matrices: Iterable[tuple[str, TernaryTensor]]) -> list[str]:
     """Replace the linears that a file holds packed by `TernaryLinear`s, in place; returns the names of the tensors
-    used.
+    that hold them now. `matrices` come one by one (`unpack_tensors`), so that only one is unpacked at a time.
 
     Raises ValueError, naming the tensor, for a damaged file or one that does not fit the model.
     """
     linears = {name: (parent, attribute, linear) for name, parent, attribute, linear in _block_linears(model)}
     packed = {}
-    for name, matrix in unpack_tensors(tensors, metadata):
+    for name, matrix in matrices:
         if name not in linears:
             raise ValueError(f"{name}: packed ternary in the file, but the model has no such linear in its layers")
         _, _, linear = linears[name]

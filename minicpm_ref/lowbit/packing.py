@@ -40,6 +40,8 @@ from einops import rearrange
 from safetensors import safe_open
 from torch import Tensor
 
+from minicpm_ref.published import parse_json, require, require_list
+
 PACKINGS = {"2bit": 4, "base3": 1}  # name -> columns that share a byte and so must be a divisor of the group size
 LANES = 16  # output rows in one vector of 32-bit lanes; also the codes in one lane
 METADATA_KEY = "ternary"
@@ -171,8 +173,7 @@ def unpack_tensors(
     """
     packing, layout = _layout(metadata)
     for name, entry in layout.items():
-        rows, columns = (int(size) for size in entry["shape"])
-        group_size = int(entry["group_size"])
+        (rows, columns), group_size = entry["shape"], entry["group_size"]
         for part in (f"{name}.codes", f"{name}.scales"):
             if part not in tensors:
                 raise ValueError(f"{part} is missing: the file's metadata lists {name} as packed ternary")
@@ -240,10 +241,22 @@ def _safetensors_files(path: Path) -> Iterable[Path]:
 
 
 def _layout(metadata: Mapping[str, str] | None) -> tuple[str, dict[str, Any]]:
+    """Packing and {name: {"shape": [rows, columns], "group_size": g}} of a file's metadata, checked."""
     if not metadata or METADATA_KEY not in metadata:
         return "2bit", {}
-    described = json.loads(metadata[METADATA_KEY])
-    return described["packing"], described["matrices"]
+    try:
+        described = parse_json(metadata[METADATA_KEY])
+        packing = require("packing", described.get("packing"), str)
+        layout = require("matrices", described.get("matrices"), dict)
+        for name, entry in layout.items():
+            require(name, entry, dict)
+            shape = require_list(f"{name}.shape", entry.get("shape"), int, low=1, high=2**31 - 1)
+            if len(shape) != 2:
+                raise ValueError(f"{name}.shape = {shape}: expected [rows, columns]")
+            require(f"{name}.group_size", entry.get("group_size"), int, low=1, high=2**31 - 1)
+    except ValueError as error:
+        raise ValueError(f"metadata {METADATA_KEY!r}: {error}") from error
+    return packing, layout
 
 
 def _trit_table() -> Tensor:

@@ -270,8 +270,10 @@ def test_the_environment_replaces_the_default(tmp_path, monkeypatch) -> None:
     save(model, tmp_path)
     monkeypatch.setenv("MINICPM_WEIGHTS", str(tmp_path))
     assert load()[0].config == model.config
+    if "sparse" in variants():  # what was asked for by name is that
+        assert load(variant="sparse")[0].config.sparse_config is not None
     with pytest.raises(ValueError, match="give one or the other"):
-        load(variant="sparse")
+        load(tmp_path, variant="sparse")
 
 
 def test_a_hub_id_is_fetched_as_safetensors_and_json_at_the_given_revision(tmp_path, monkeypatch) -> None:

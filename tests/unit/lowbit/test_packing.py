@@ -175,6 +175,22 @@ def test_damaged_files_are_refused() -> None:
         list(unpack_tensors(tensors, {"ternary": json.dumps(layout)}))
 
 
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        ("[]", "expected a JSON object"),
+        ('{"matrices": {}}', "packing = None"),
+        ('{"packing": "2bit", "matrices": 5}', "matrices = 5"),
+        ('{"packing": "2bit", "matrices": {"q": {"shape": [32]}}}', r"q.shape = \[32\]"),
+        ('{"packing": "2bit", "matrices": {"q": {"shape": [32, "256"], "group_size": 128}}}', r"q.shape\[1\] = '256'"),
+        ('{"packing": "2bit", "matrices": {"q": {"shape": [32, 256]}}}', "q.group_size = None"),
+    ],
+)
+def test_damaged_metadata_is_refused_by_key(described: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"metadata 'ternary': {message}"):
+        list(unpack_tensors({}, {"ternary": described}))
+
+
 def test_groups_must_fill_bytes() -> None:
     odd = TernaryTensor(random_codes(16, 12), torch.ones(16, 2).half(), 6)
     with pytest.raises(ValueError, match="q: group_size 6, expected a multiple of 4"):

@@ -20,22 +20,45 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from minicpm_ref import backend
 from minicpm_ref.config import ModelConfig
 from minicpm_ref.engine.executor import Logits, check_tokens, depths
+from minicpm_ref.lowbit.int4 import quantize_int4, quantize_int4_minimum
+from minicpm_ref.lowbit.int8 import quantize_int8
+from minicpm_ref.lowbit.layers import TernaryLinear
+from minicpm_ref.lowbit.ternary import dequantize
 from minicpm_ref.model import DecoderLayer, MiniCPM
 from minicpm_ref.ops import rope_angles, rope_attention_factor
+
+# weights -> formats of `minicpm_kernels.engine.formats` for the layers, and for output matrix and embedding
+FORMATS = {
+    "float32": ("float32", "float32"),
+    "bfloat16": ("bfloat16", "bfloat16"),
+    "int8": ("int8", "int8"),
+    "int4": ("int4", "int8"),
+    "int4-minimum": ("int4_1", "int8"),
+    "ternary": ("ternary128", "int8"),
+}
+QUANTIZERS: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {
+    "int8": quantize_int8,
+    "int4": quantize_int4,
+    "int4_1": quantize_int4_minimum,
+}
+INTEGER_GROUP, TERNARY_GROUP = 32, 128  # columns with one scale
 
 
 class CPUExecutor:
     """`Executor` over the weights of a `MiniCPM`, compiled for this CPU; see that protocol for the methods.
 
-    `weights`: how matrices are stored, "float32" or "bfloat16" (calculating in float32). `cache`: element type of keys
-    and values, "float16" or "float32". `chunk_length` bounds the tokens of a step, `verify_length` those of a draft
-    tree. `threads` None takes as many as a step is fastest with. The first call ever compiles for some seconds, and
-    `progress` is called with a line for each function.
+    `weights`: how matrices are stored. "float32" and "bfloat16" calculate in float32. "int8", "int4" and
+    "int4-minimum" are rounded here (what GGUF's Q8_0, Q4_0 and Q4_1 hold is found again), and "ternary" is what the
+    model's layers hold, all with activations rounded to int8; below eight bits, output matrix and embedding are int8.
+    `cache`: element type of keys and values, "float16" or "float32". `chunk_length` bounds the tokens of a step,
+    `verify_length` those of a draft. `threads` None takes as many as a step is fastest with. The first call ever
+    compiles for some seconds; `progress` is called with a line a function.
 
     Raises ValueError for settings that do not exist, RuntimeError where numba is not installed.
 
@@ -64,8 +87,8 @@ class CPUExecutor:
                 raise ValueError(f"{name} = {value}: expected at least 1")
         if cache not in ("float16", "float32"):
             raise ValueError(f"cache = {cache!r}: expected 'float16' or 'float32'")
-        if weights not in ("float32", "bfloat16"):
-            raise ValueError(f"weights = {weights!r}: expected 'float32' or 'bfloat16'")
+        if weights not in FORMATS:
+            raise ValueError(f"weights = {weights!r}: expected one of {', '.join(FORMATS)}")
         layers = self.config.num_hidden_layers
         if any(not 0 <= layer <= layers for layer in capture_layers):
             raise ValueError(f"capture_layers = {list(capture_layers)}: expected layers from 0 to {layers}")
@@ -76,14 +99,15 @@ class CPUExecutor:
             )
         self.capture_layers, self.chunk_length, self.verify_length = tuple(capture_layers), chunk_length, verify_length
         self._kernels = backend.compiled_engine()
+        packer = _Packer(self._kernels, weights)
         self._decoder = self._kernels.CompiledDecoder(
             _sizes(self.config, self._kernels),
-            _layers(model, self._kernels),
+            packer.layers(model),
             _norms(model),
-            _float32(model.model.embed_tokens.weight if self.config.tie_word_embeddings else model.lm_head.weight),
-            None if self.config.tie_word_embeddings else _float32(model.model.embed_tokens.weight),
+            *packer.tables(model),
             _angles(self.config, self.max_length),
-            form=weights,
+            form=packer.form,
+            head_form=packer.head_form,
             cache_element=cache,
             batch=batch,
             room=max(chunk_length, batch, verify_length),
@@ -249,13 +273,57 @@ def _float32(weight: torch.Tensor) -> NDArray[np.float32]:
     return cast("NDArray[np.float32]", weight.detach().float().cpu().numpy())
 
 
-def _layers(model: MiniCPM, kernels: Any) -> Iterator[Any]:
-    """The matrices of each layer, one layer at a time."""
-    for layer in cast("list[DecoderLayer]", model.model.layers):
-        attention, mlp = layer.self_attn, layer.mlp
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        matrices = [_float32(part.weight) for part in (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
-        yield kernels.LayerMatrices(*matrices)
+class _Packer:
+    """The matrices of a model in the numbers that a format holds."""
+
+    def __init__(self, kernels: Any, weights: str):
+        self.kernels, self.ternary = kernels, weights == "ternary"
+        self.form, self.head_form = FORMATS[weights]
+
+    def layers(self, model: MiniCPM) -> Iterator[Any]:
+        """The seven matrices of each layer, one layer at a time."""
+        for index, layer in enumerate(cast("list[DecoderLayer]", model.model.layers)):
+            attention, mlp = layer.self_attn, layer.mlp
+            found = []
+            for part in (
+                *(getattr(attention, f"{name}_proj") for name in "qkvo"),
+                mlp.gate_proj,
+                mlp.up_proj,
+                mlp.down_proj,
+            ):
+                found.append(self._linear(part, f"layer {index}"))
+            yield self.kernels.LayerMatrices(*found)
+
+    def tables(self, model: MiniCPM) -> tuple[Any, Any]:
+        """The output matrix, and the embedding if it is another."""
+        embedding = model.model.embed_tokens.weight
+        if model.config.tie_word_embeddings:
+            return self._rounded(embedding, self.head_form, "embed_tokens"), None
+        head = self._rounded(model.lm_head.weight, self.head_form, "lm_head")
+        return head, self._rounded(embedding, self.head_form, "embed_tokens")
+
+    def _linear(self, linear: torch.nn.Module, name: str) -> Any:
+        if isinstance(linear, TernaryLinear):
+            matrix = linear.matrix()
+            if self.ternary and matrix.group_size % TERNARY_GROUP == 0:
+                scales = matrix.scales.repeat_interleave(matrix.group_size // TERNARY_GROUP, dim=1)
+                return self.kernels.Codes(matrix.codes.numpy(), scales.numpy())
+            weight = dequantize(matrix.codes, matrix.scales, matrix.group_size)
+        else:
+            weight = cast(torch.Tensor, linear.weight)
+        if self.ternary:
+            raise ValueError(
+                f"weights = 'ternary': {name} is no TernaryLinear with groups of a multiple of {TERNARY_GROUP}; "
+                "see minicpm_ref.lowbit.to_ternary"
+            )
+        return self._rounded(weight, self.form, name)
+
+    def _rounded(self, weight: torch.Tensor, form: str, name: str) -> Any:
+        if form not in QUANTIZERS:
+            return _float32(weight)
+        missing = -weight.shape[1] % INTEGER_GROUP
+        found = QUANTIZERS[form](F.pad(weight.detach().float(), (0, missing)), INTEGER_GROUP, name)
+        return self.kernels.Codes(*(part.numpy() for part in found))
 
 
 def _norms(model: MiniCPM) -> NDArray[np.float32]:

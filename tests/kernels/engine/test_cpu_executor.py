@@ -8,12 +8,17 @@ company, nor on whether it was decoded or verified, nor on the number of threads
 from __future__ import annotations
 
 import dataclasses
+import gc
+import os
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 from fresh import fresh_model
 
+from minicpm_kernels.engine.threads import ARRIVED
 from minicpm_ref.checkpoint import load
 from minicpm_ref.config import LongRope, ModelConfig, SparseConfig
 from minicpm_ref.engine.cpu_executor import CPUExecutor
@@ -105,7 +110,7 @@ def test_no_bit_depends_on_how_tokens_arrive(name: str) -> None:
             executor.prefill(row, IDS[:length])
         together = [executor.decode([2, 1, 0], [4, IDS[base + i], 7])[1] for i in range(9)]
         np.testing.assert_array_equal(together, expected)
-        for settings in ({"chunk_length": 64}, {"chunk_length": 1, "threads": 3}):
+        for settings in ({"chunk_length": 64}, {"chunk_length": 5, "threads": 3}):
             other = executor_of(name, **settings)
             other.prefill(0, IDS[:base], final_length=base + 9 if CONFIGS[name].rope_scaling else None)
             if CONFIGS[name].rope_scaling is None or base > 32:
@@ -239,6 +244,44 @@ def test_greedy_text_is_that_of_the_reference_decoder() -> None:
             found.append(int(logits.argmax()))
             logits = executor.decode([0], [found[-1]])[0]
         assert found == expected
+    executor.close()
+
+
+def test_missing_barriers_are_noticed() -> None:
+    """Threads that do not wait for one another read what is not there yet. With the counter of arrivals far ahead every
+    barrier lets everybody pass."""
+    executor = executor_of("plain", threads=3)
+    right = executor.prefill(0, IDS[:70])
+    for _ in range(20):
+        executor.truncate(0, 0)
+        np.testing.assert_array_equal(executor.prefill(0, IDS[:70]), right)
+    decoder, caught = executor._decoder, False
+    decoder._control[ARRIVED] += 10**9
+    for _ in range(20):
+        executor.truncate(0, 0)
+        caught = caught or not np.array_equal(executor.prefill(0, IDS[:70]), right)
+    assert caught
+    executor.close()
+
+
+def test_a_closed_or_forgotten_executor_ends_its_threads() -> None:
+    before = threading.active_count()
+    executor = executor_of("plain", threads=3)
+    assert threading.active_count() == before + 2
+    time.sleep(0.2)  # its threads have gone to sleep by now, and are woken again
+    executor.prefill(0, IDS[:5])
+    executor.close()
+    executor.close()
+    assert threading.active_count() == before
+    executor = executor_of("plain", threads=3)
+    del executor
+    gc.collect()
+    assert threading.active_count() == before
+
+
+def test_the_number_of_threads_is_measured() -> None:
+    executor = executor_of("plain", threads=None)
+    assert 1 <= executor.threads <= len(os.sched_getaffinity(0))
     executor.close()
 
 

@@ -219,18 +219,28 @@ class ModelConfig:
         """Bytes of keys and values that one token adds to the cache, over all layers."""
         return int(2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * bytes_per_element)
 
-    def decode_bytes(self, context_length: int, bytes_per_weight: float = 2, bytes_per_element: float = 2) -> float:
+    def decode_bytes(
+        self, context_length: int, bytes_per_weight: float = 2, bytes_per_element: float = 2, sparse: bool = False
+    ) -> float:
         """Bytes that one decode step at batch 1 must read: the layers, the output matrix, and the KV cache.
 
         `bytes_per_weight` is that of the layers, which is what quantization shrinks; the output matrix stays at 2.
-        Divided by a device's bandwidth in bytes/s, the result is the shortest time a token can take.
+        With `sparse` only the blocks that `sparse_config` lists are read of the cache, and the compressed keys that
+        the choice needs: one of every `kernel_stride` keys, and without `exact_lse` a quarter as many coarse ones.
+        Divided by a device's bandwidth in bytes/s, the result is the shortest time a token can take. Raises ValueError
+        for `sparse` without a `sparse_config`.
         """
         layers = self.num_parameters(embeddings=False) * bytes_per_weight
-        return (
-            layers
-            + self.vocab_size * self.hidden_size * 2
-            + context_length * self.kv_bytes_per_token(bytes_per_element)
-        )
+        cache: float = context_length * self.kv_bytes_per_token(bytes_per_element)
+        if sparse:
+            setting = self.sparse_config
+            if setting is None:
+                raise ValueError("sparse = True: expected a configuration with a sparse_config")
+            listed = min(context_length, setting.visible_blocks * setting.block_size)
+            compressed = context_length * (1 if setting.exact_lse else 1.25) / setting.kernel_stride
+            # keys, and only they have compressed ones, are half of the cache
+            cache = min(cache, (listed + compressed / 2) * self.kv_bytes_per_token(bytes_per_element))
+        return layers + self.vocab_size * self.hidden_size * 2 + cache
 
     # ---- config.json -------------------------------------------------------------------------------------------------
 

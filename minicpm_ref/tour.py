@@ -313,16 +313,24 @@ def show_info(console: Console, config: ModelConfig, name: str, bandwidth: float
     console.print(
         f"[bold]{escape(name)}[/bold]: {config.num_parameters():,} parameters "
         f"({config.num_parameters(embeddings=False):,} without embeddings).\n"
-        f"Decoding at batch 1 reads every weight and the cache once a token, so at {speed:.1f} GB/s "
+        f"Decoding at batch 1 reads every weight once a token, and the cache (sparse: its listed blocks), "
+        f"so at {speed:.1f} GB/s "
         f"({'measured here, the best of five passes over 256 MB' if measured else 'as given'}) "
         "no program can be faster than:"
     )
+
+    def fastest(context: int, sparse: bool) -> list[str]:
+        step = [config.decode_bytes(context, bits / 8, sparse=sparse) for bits in (16, 4.25, 1.725)]
+        return [f"{speed * 1e9 / moved:,.1f} tok/s" for moved in step]
+
     sizes = Table("context", "KV cache (16 bit)", "GFLOP/token", "16-bit weights", "4-bit", "ternary (1.73 bit)")
     contexts = sorted({min(n, config.max_position_embeddings) for n in (1024, 8192, 32768, 131072)})
     for context in contexts:
-        limits = [f"{speed * 1e9 / config.decode_bytes(context, bits / 8):,.1f} tok/s" for bits in (16, 4.25, 1.725)]
         cache = f"{context * config.kv_bytes_per_token() / 2**20:,.0f} MiB"
-        sizes.add_row(f"{context:,}", cache, f"{config.flops_per_token(context) / 1e9:.2f}", *limits)
+        flops = f"{config.flops_per_token(context) / 1e9:.2f}"
+        sizes.add_row(f"{context:,}", cache, flops, *fastest(context, sparse=False))
+        if config.sparse_config is not None and context >= config.sparse_config.dense_len:
+            sizes.add_row("  sparse", "", "", *fastest(context, sparse=True))
     console.print(sizes)
 
 

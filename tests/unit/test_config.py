@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -117,3 +118,17 @@ def test_the_small_preset_stretches_its_positions_like_the_published_file() -> N
     assert config.rope_scaling.short_factor == config.rope_scaling.long_factor
     assert config.rope_scaling.original_max_position_embeddings == config.max_position_embeddings == 32768
     assert (config.rms_norm_eps, config.tie_word_embeddings, config.eos_token_id) == (1e-5, True, (2, 73440))
+
+
+def test_a_sparse_step_reads_its_blocks_and_compressed_keys() -> None:
+    """The 8B at 131072 tokens: 32 layers, 2 heads of 128 numbers, 96 blocks of 64, a mean for 16 keys and for 64."""
+    config = ModelConfig.preset("minicpm4.1-8b")
+    one_layer = 2 * 128 * 2  # bytes of a key of both heads in 16 bits
+    read = 32 * one_layer * (2 * 96 * 64 + 131072 // 16 + 131072 // 64)
+    whole = 32 * one_layer * 2 * 131072
+    assert config.decode_bytes(131072) - config.decode_bytes(131072, sparse=True) == whole - read
+    assert config.decode_bytes(131072, 1.725 / 8) / config.decode_bytes(131072, 1.725 / 8, sparse=True) > 2.4
+    assert config.decode_bytes(100, sparse=True) == config.decode_bytes(100)  # every block is listed, none is scored
+    assert config.decode_bytes(0, sparse=True) == config.decode_bytes(0)
+    with pytest.raises(ValueError, match="expected a configuration with a sparse_config"):
+        dataclasses.replace(config, sparse_config=None).decode_bytes(100, sparse=True)

@@ -46,7 +46,7 @@ def rates(results: dict[str, Any]) -> Figure:
             # at the base width the two forms are one model, which is run once
             same = [r for r in usual if r["width"] == width and (r["parametrization"] == form or width == base)]
             points = mean_by_rate(same)
-            if not points:
+            if len(points) < 3:  # not yet a valley
                 continue
             ax.plot(*zip(*points, strict=True), "o-", markersize=3, color=colours[width], label=f"width {width}")
             best = min(points, key=lambda point: point[1])

@@ -39,7 +39,7 @@ def coordinates(
     found: dict[str, dict[str, float]] = {}
     sizes: list[dict[str, Any]] = []
     for form in PARAMETRIZATIONS:
-        candidate = Candidate(min(chosen), min(chosen), 0, 2.0**-8, form)
+        candidate = Candidate(min(chosen), min(chosen), 0, 2.0**-7, form)
         measured = coordinate_check(candidate, chosen, steps)
         found[form] = slopes(measured)
         sizes += [vars(size) for size in measured]
@@ -49,7 +49,7 @@ def coordinates(
         table.add_row(place, *marks)
     console.print(table)
     if record is not None:
-        results = circumstances() | {"settings": {"lr": 2.0**-8, "base_width": min(chosen)}, "sizes": sizes}
+        results = circumstances() | {"settings": {"lr": 2.0**-7, "base_width": min(chosen)}, "sizes": sizes}
         write_text(record / "wind_tunnel_coordinates.json", json.dumps(results) + "\n")
 
 

@@ -5,6 +5,10 @@ activation since the start, has the same typical size at width 64 and at width 5
 widths, note the sizes, draw them against the width on logarithmic axes. A flat line is a promise kept; a slope s means
 growth like width^s, and sooner or later one rate cannot serve two widths.
 
+Logits are the slowest to become flat. The first steps add up gradients of no common direction, whose sum grows only
+like the square root of the width, so after one step their slope is about -1/3, whatever the form promises; it is gone
+after some five steps at a rate that learns.
+
 It costs seconds and finds what a sweep would find in hours: a forgotten logit factor, a rate that was not divided, a
 factor applied twice. It does not see weight decay, which acts too slowly (rate x decay has a test of its own).
 
@@ -102,7 +106,8 @@ def _places(model: MiniCPM, ids: Tensor) -> dict[str, Tensor]:
 
 
 def slopes(sizes: Sequence[Size], step: int | None = None) -> dict[str, float]:
-    """d log(change) / d log(width) of every place after `step` (default: the last): 0 is flat, 1 grows like the width.
+    """d log(change) / d log(width) of every place after `step` (default: the last): 0 is flat, 1 grows like the width,
+    NaN where nothing has moved yet.
 
     Raises ValueError when there are fewer than two widths.
     """
@@ -112,6 +117,9 @@ def slopes(sizes: Sequence[Size], step: int | None = None) -> dict[str, float]:
         points = [(size.width, size.change) for size in sizes if size.place == place and size.step == step]
         if len({width for width, _ in points}) < 2:
             raise ValueError(f"{place}: sizes at {len(points)} width(s), expected at least 2")
+        if min(change for _, change in points) == 0:  # the output matrix starts at 0, so step 1 moves nothing below it
+            result[place] = math.nan
+            continue
         x, y = np.log(np.array(points)).T
         result[place] = float(np.polyfit(x, y, 1)[0])
     return result

@@ -11,8 +11,8 @@ from minicpm_ref.wind_tunnel import Candidate
 from minicpm_ref.wind_tunnel.coordinates import FLAT, Optimizers, coordinate_check, drifting, slopes, usual_optimizers
 
 WIDTHS = (64, 128, 256, 512)
-MUP = Candidate(64, 64, 0, 2.0**-8)
-STANDARD = Candidate(64, 64, 0, 2.0**-8, "standard")
+MUP = Candidate(64, 64, 0, 2.0**-7)
+STANDARD = Candidate(64, 64, 0, 2.0**-7, "standard")
 
 
 def test_mup_is_flat_and_the_standard_form_drifts() -> None:

@@ -32,24 +32,25 @@ def coordinates(
     """Does every layer move alike at every width? Slopes of size against width, under muP and in the standard form."""
     from minicpm_ref.files import write_text
     from minicpm_ref.wind_tunnel.candidate import PARAMETRIZATIONS, Candidate
-    from minicpm_ref.wind_tunnel.coordinates import FLAT, coordinate_check, slopes
+    from minicpm_ref.wind_tunnel.coordinates import coordinate_check, drifting, slopes
     from minicpm_ref.wind_tunnel.record import circumstances
 
     chosen = [int(width) for width in widths.split(",")]
     found: dict[str, dict[str, float]] = {}
+    moved: dict[str, dict[str, float]] = {}
     sizes: list[dict[str, Any]] = []
     for form in PARAMETRIZATIONS:
-        candidate = Candidate(min(chosen), min(chosen), 0, 2.0**-7, form)
+        candidate = Candidate(min(chosen), min(chosen), 0, 2.0**-8, form)
         measured = coordinate_check(candidate, chosen, steps)
-        found[form] = slopes(measured)
+        found[form], moved[form] = slopes(measured), drifting(measured)
         sizes += [vars(size) for size in measured]
     table = Table("place", *PARAMETRIZATIONS, title=f"slope of log change against log width, step {steps}")
     for place in found["mup"]:
-        marks = [f"{slope[place]:+.2f}{'' if abs(slope[place]) < FLAT else '  drifts'}" for slope in found.values()]
+        marks = [f"{found[form][place]:+.2f}{'  drifts' if place in moved[form] else ''}" for form in found]
         table.add_row(place, *marks)
     console.print(table)
     if record is not None:
-        results = circumstances() | {"settings": {"lr": 2.0**-7, "base_width": min(chosen)}, "sizes": sizes}
+        results = circumstances() | {"settings": {"lr": 2.0**-8, "base_width": min(chosen)}, "sizes": sizes}
         write_text(record / "wind_tunnel_coordinates.json", json.dumps(results) + "\n")
 
 

@@ -1,7 +1,7 @@
 """What is run for the recorded figures: every sweep as a list of tasks, in the order of their worth.
 
 The order matters because a sweep is cut off when time is up and what is finished then is what there is: first what the
-claims rest on, then more seeds, then more widths and knobs. `figures/data/wind_tunnel_runs.json` says how far it went.
+claims rest on, then more seeds, then more widths and knobs. `figures/data/wind_tunnel_rates.json` says how far it went.
 
 * Rates: widths 16 to 128, 8x apart, under muP and in the standard form; base width 32, where the two are one model.
   The grids are in steps of 2 around each optimum, wide enough that it lies inside.

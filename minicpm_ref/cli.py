@@ -1,4 +1,4 @@
-"""The command line: `minicpm-ref tour | generate | eval | info | data | train | clean`.
+"""The command line: `minicpm-ref tour | generate | chat | serve | eval | info | data | train | clean`.
 
 Each command is a thin layer over one public function, so that whatever is shown here can be done in a few lines of
 Python.
@@ -6,12 +6,12 @@ Python.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 
@@ -19,7 +19,7 @@ from minicpm_ref.config import PRESETS, ModelConfig
 from minicpm_ref.files import read_text
 from minicpm_ref.machine import usable_device
 from minicpm_ref.terminal import accept_any_text, show
-from minicpm_ref.tokenizer import Tokenizer, stream_text
+from minicpm_ref.tokenizer import Tokenizer
 from minicpm_ref.ultraclean import commands as clean_commands
 from minicpm_ref.wind_tunnel import commands as wind_tunnel_commands
 
@@ -87,27 +87,110 @@ def generate(
 ) -> None:
     """Continue a text and stream it to the terminal. A prompt that does not fit the model's context loses its
     beginning, a conversation is refused; writing ends where the context does."""
-    from minicpm_ref import checkpoint, sampling
+    from minicpm_ref.engine import Engine
 
     text = read_prompt(prompt, prompt_file, escapes)
-    params = sampling.SamplingParams(temperature, top_k, top_p, seed=seed)
-    model, tokenizer = checkpoint.load(weights, device, variant=variant)
-    if tokenizer is None:
-        raise ValueError(f"{weights}: no tokenizer.json in the folder, so a text cannot be encoded")
-    context = model.config.max_position_embeddings
-    room = context - min(max_new_tokens, context // 2)  # for the prompt
+    engine = Engine(weights, device=device, variant=variant, progress=report)
+    room = engine.max_length - min(max_new_tokens, engine.max_length // 2)  # for the prompt
     if chat:
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], enable_thinking=think)
+        ids = engine.tokenizer.apply_chat_template([{"role": "user", "content": text}], enable_thinking=think)
         if len(ids) > room:
-            raise ValueError(f"the conversation has {len(ids)} tokens: expected at most {room} of {context}")
+            raise ValueError(f"the conversation has {len(ids)} tokens: expected at most {room} of {engine.max_length}")
     else:
-        ids, text = fit_prompt(tokenizer, text, room)
+        ids, text = fit_prompt(engine.tokenizer, text, room)
         show(console, text)
-    length = min(max_new_tokens, context - len(ids))
-    tokens = sampling.generate(model, torch.tensor([ids], device=device), length, params, tokenizer.eos_ids)
-    for piece in stream_text(tokenizer, tokens, continues=not chat):
+    for piece in engine.generate(ids, max_new_tokens, temperature, top_k, top_p, seed=seed, stream=True):
         show(console, piece)
     console.print()
+
+
+def report(line: str) -> None:
+    """Say what is going on, beside the output proper."""
+    show(Console(stderr=True), line + "\n", "dim")
+
+
+Batch = Annotated[int, typer.Option(min=1, help="Requests that run at the same time.")]
+MaxLength = Annotated[int | None, typer.Option(min=2, help="Tokens of a conversation. Default: the model's.")]
+Format = Annotated[
+    str, typer.Option(help="Of the weights: auto, float32, bfloat16, int8, int4, ternary.")
+]
+ExecutorName = Annotated[str, typer.Option(help="Who computes: auto, torch, or compiled (numba, on a CPU).")]
+
+
+@app.command()
+def chat(
+    weights: Source = None,
+    variant: Annotated[str, typer.Option(help="Which of the embedded weights.")] = "base",
+    device: Device = "cpu",
+    number_format: Format = "auto",
+    executor: ExecutorName = "auto",
+    max_length: MaxLength = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Keep the most likely tokens that reach this probability.")] = 0.95,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+    system: Annotated[str | None, typer.Option(help="An instruction in front of the conversation.")] = None,
+) -> None:
+    """Talk with a model: several turns, streamed. /reset forgets, /think and /no_think switch, Ctrl-C stops an answer,
+    Ctrl-D leaves."""
+    from minicpm_ref.engine import Engine
+    from minicpm_ref.engine.chat import Chat, run_chat
+    from minicpm_ref.sampling import SamplingParams
+
+    params = SamplingParams(temperature, top_p=top_p, seed=seed)
+    engine = Engine(
+        weights,
+        weights=number_format,
+        device=device,
+        variant=variant,
+        executor=executor,
+        max_length=max_length,
+        progress=report,
+    )
+
+    def screen(text: str, dim: bool = False) -> None:
+        show(console, text, "dim" if dim else None)
+
+    run_chat(Chat(engine, params, max_new_tokens, system), screen)
+
+
+@app.command()
+def serve(
+    weights: Source = None,
+    variant: Annotated[str, typer.Option(help="Which of the embedded weights.")] = "base",
+    device: Device = "cpu",
+    number_format: Format = "auto",
+    executor: ExecutorName = "auto",
+    max_length: MaxLength = None,
+    batch: Batch = 4,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are refused with 429.")] = 16,
+    host: Annotated[str, typer.Option(help="Address to listen on. The default is this machine only.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    name: Annotated[str, typer.Option(help="The model's name in requests and answers.")] = "minicpm-ref",
+    api_key: Annotated[
+        str | None, typer.Option(envvar="MINICPM_API_KEY", help="Clients must send it. Default: none is asked for.")
+    ] = None,
+    max_body: Annotated[int, typer.Option(min=1, help="Largest request in bytes.")] = 2**20,
+) -> None:
+    """Serve OpenAI's interface (/v1/chat/completions, /v1/completions, /v1/models) and a chat page, until Ctrl-C."""
+    from minicpm_ref.engine import Engine
+
+    if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
+        raise RuntimeError("serve needs fastapi and uvicorn: pip install 'minicpm_ref[serve]'")
+    from minicpm_ref.engine.server import create_app, serve
+
+    engine = Engine(
+        weights,
+        weights=number_format,
+        device=device,
+        variant=variant,
+        executor=executor,
+        max_length=max_length,
+        batch=batch,
+        progress=report,
+    )
+    console.print(f"chat page: http://{host}:{port}/   interface: http://{host}:{port}/v1", highlight=False)
+    serve(create_app(engine, name, queue, api_key, max_body), host, port)
 
 
 @app.command(name="eval")

@@ -29,6 +29,7 @@ from minicpm_ref.engine.request import Piece, Request, Statistics
 from minicpm_ref.engine.scheduler import Scheduler
 from minicpm_ref.model import MiniCPM
 from minicpm_ref.sampling import SamplingParams
+from minicpm_ref.speculative import Drafter
 from minicpm_ref.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -123,6 +124,7 @@ class Engine:
     "int8", "int4" and "ternary" name one. `executor`: "torch", "compiled", or "auto" (`executors` says when it is
     which); `progress` hears what is being compiled. `batch` requests run at a time, each of up to `max_length` tokens
     (None: what the model was made for); prompts pass in chunks of `chunk_length`. Everything is allocated here, once.
+    `draft` guesses tokens for one request at a time (`speculative`), which changes the speed and not the text.
 
     Raises ValueError for what cannot fit into memory, with the numbers.
 
@@ -137,6 +139,7 @@ class Engine:
         self,
         source: MiniCPM | str | Path | None = None,
         tokenizer: Tokenizer | None = None,
+        draft: Drafter | None = None,
         *,
         weights: str = "auto",
         max_length: int | None = None,
@@ -166,9 +169,9 @@ class Engine:
         free = free_bytes(model.device)
         check_memory(self.config, batch, self.max_length, chunk_length, model.dtype.itemsize, free)
         self.executor: Executor = build_executor(
-            model, executor, weights, batch, self.max_length, chunk_length, progress=progress
+            model, executor, weights, batch, self.max_length, chunk_length, draft.layers if draft else (), progress
         )
-        self._scheduler = Scheduler(self.executor, chunk_length)
+        self._scheduler = Scheduler(self.executor, chunk_length, draft)
         self._lock = threading.Lock()
 
     def generate(
@@ -262,6 +265,11 @@ class Engine:
         with self._lock:
             if request is None or (request.finish_reason is None and not request.pieces):
                 self._scheduler.step()
+
+    def forget(self) -> None:
+        """Drop what free rows keep for later prompts; requests that run are not touched."""
+        with self._lock:
+            self._scheduler.forget()
 
     @property
     def busy(self) -> bool:

@@ -107,6 +107,11 @@ class Request:
         """Whether its pieces carry the tokens' logarithms."""
         return self._top is not None
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        return self._tokenizer.eos_ids
+
     def uniform(self) -> float:
         """The next random number of this request: one for each token, whoever else is in the batch."""
         return float(self._random.random())
@@ -129,7 +134,7 @@ class Request:
         counts.completion_tokens += 1
         if self._top is not None and logits is not None:
             self._fresh.append(_logprob(token, logits, self._top))
-        if token in self._tokenizer.eos_ids:
+        if token in self.stop_ids:
             self.finish("stop")
             return
         self.output.append(token)

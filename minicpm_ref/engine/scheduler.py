@@ -29,21 +29,21 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from minicpm_ref.engine.executor import Executor, Logits
 from minicpm_ref.engine.prefixes import Row, best_row, kind
 from minicpm_ref.engine.request import Request
 from minicpm_ref.sampling import choose_token
+from minicpm_ref.speculative import Drafter, Speculation
 
 
 @dataclass
 class Job:
-    """A request in its row. `fed` tokens of the prompt are in the cache."""
+    """A request in its row. `fed` tokens of the prompt are in the cache. `speculation`: it decodes with drafts."""
 
     request: Request
     row: Row
     fed: int
+    speculation: Speculation | None = None
 
     @property
     def ready(self) -> bool:
@@ -54,8 +54,8 @@ class Job:
 class Scheduler:
     """Runs requests on an executor, one `step` after the other; `submit` may be called from any thread."""
 
-    def __init__(self, executor: Executor, chunk_length: int):
-        self.executor, self.chunk_length = executor, chunk_length
+    def __init__(self, executor: Executor, chunk_length: int, drafter: Drafter | None = None):
+        self.executor, self.chunk_length, self.drafter = executor, chunk_length, drafter
         self.rows = [Row(number) for number in range(executor.batch)]
         self.waiting: deque[Request] = deque()
         self.jobs: list[Job] = []  # in the order in which they were let in
@@ -80,12 +80,24 @@ class Scheduler:
             ready = [job for job in self.jobs if job.ready]  # who completes a prompt now decodes from the next step on
             if unfinished:
                 self._run(self._prefill, unfinished[:1])
-            if ready:
-                self._run(self._decode, ready)
+            plain = [job for job in ready if job.speculation is None]
+            if plain:
+                self._run(self._decode, plain)
+            for job in ready:
+                if job.speculation is not None:
+                    self._run(self._speculate, [job])
         except BaseException as error:  # Ctrl-C: whoever drives must hear of it, and the next step must find order
             self._abandon(self.jobs, error)
             raise
         self._clear()
+
+    def forget(self) -> None:
+        """Empty the rows that nobody has."""
+        taken = {job.row.number for job in self.jobs}
+        for row in self.rows:
+            if row.number not in taken:
+                row.cut(0)
+                self.executor.truncate(row.number, 0)
 
     # ---- the parts of a step ---------------------------------------------------------------------------------------
 
@@ -109,11 +121,19 @@ class Scheduler:
             free = [row for row in self.rows if row.number not in taken]
             request = self.waiting[0]
             row, kept = best_row(free, request.prompt, kind(self.executor.config, len(request.prompt)))
+            drafter = None if any(job.speculation for job in self.jobs) else self.drafter
+            if drafter is not None and drafter.layers:
+                kept = 0  # a draft head must see what the target computed at every token of the prompt
             row.cut(kept)
             row.last_use = self._steps
             self.executor.truncate(row.number, kept)
             request.admitted(kept)
-            self.jobs.append(Job(request, row, kept))
+            job = Job(request, row, kept)
+            if drafter is not None:
+                job.speculation = Speculation(self.executor, row.number, drafter)
+                if kept:
+                    job.speculation.prefilled(request.prompt[:kept])
+            self.jobs.append(job)
             self.waiting.popleft()
 
     def _run(self, work: Callable[[list[Job]], None], jobs: list[Job]) -> None:
@@ -138,6 +158,8 @@ class Scheduler:
         logits = self.executor.prefill(job.row.number, chunk, final_length=len(prompt))
         job.row.append(chunk, [kind(self.executor.config, len(prompt))] * len(chunk))
         job.fed += len(chunk)
+        if job.speculation is not None:
+            job.speculation.prefilled(chunk)
         if job.ready:
             self._choose(job, logits)
 
@@ -149,8 +171,26 @@ class Scheduler:
             job.request.statistics.passes += 1
             self._choose(job, own)
 
-    def _choose(self, job: Job, logits: Logits, ahead: Sequence[int] = ()) -> int:
+    def _choose(self, job: Job, logits: Logits) -> None:
         request = job.request
-        token = choose_token(logits, request.params, request.uniform(), request.prompt, [*request.output, *ahead])
-        request.take(token, np.asarray(logits))
-        return token
+        request.take(choose_token(logits, request.params, request.uniform(), request.prompt, request.output), logits)
+
+    def _speculate(self, jobs: list[Job]) -> None:
+        """One round of drafts and verification: at least one token, all of them as `_decode` would have chosen."""
+        (job,) = jobs
+        assert job.speculation is not None
+        request, seen = job.request, []
+
+        def choose(logits: Logits, ahead: list[int]) -> int:
+            seen.append(logits)
+            output = [*request.output, *ahead]
+            return choose_token(logits, request.params, request.uniform(), request.prompt, output)
+
+        root, most = request.output[-1], request.limit - len(request.output)
+        emitted = job.speculation.round(root, choose, most, request.stop_ids)
+        for token in (root, *emitted[:-1]):  # the last one is the next root: it is not in the cache
+            job.row.append([token], [kind(self.executor.config, len(job.row.tokens) + 1)])
+        request.statistics.passes += 1
+        for token, logits in zip(emitted, seen, strict=True):
+            if request.finish_reason is None:  # a stop string may end the text in the middle of a round
+                request.take(token, logits)

@@ -15,6 +15,7 @@ from minicpm_ref.model import MiniCPM
 from minicpm_ref.tokenizer import Tokenizer
 
 Script = Callable[[list[int]], Sequence[int]]
+PEAK = 40.0  # over 0 for all others: no temperature that a test uses draws another token
 TOKENIZER = Tokenizer.load(EMBEDDED / "base" / "tokenizer.json")
 
 
@@ -44,7 +45,7 @@ class ScriptedExecutor:
         script = self.script(prompt)
         place = len(tokens) - len(prompt)
         logits = np.zeros(self.config.vocab_size, np.float32)
-        logits[script[place] if place < len(script) else 0] = 10.0
+        logits[script[place] if place < len(script) else 0] = PEAK
         return logits
 
     def prefill(self, row: int, ids: Sequence[int], final_length: int | None = None) -> Logits:

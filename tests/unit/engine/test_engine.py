@@ -20,6 +20,7 @@ from minicpm_ref.engine.memory import cache_bytes, check_memory
 from minicpm_ref.engine.prefixes import Row, best_row
 from minicpm_ref.model import MiniCPM
 from minicpm_ref.sampling import SamplingParams
+from minicpm_ref.speculative import Draft
 from minicpm_ref.tokenizer import Tokenizer
 
 ROPE = LongRope((1.0, 1.0, 1.1, 1.3), (1.0, 1.7, 2.5, 4.0), original_max_position_embeddings=32)
@@ -153,6 +154,54 @@ def test_the_best_row_is_taken() -> None:
     # of a prompt at least one token is computed, so [9] can keep nothing of row 3
     assert [(row.number, kept) for row, kept in found] == [(0, 3), (2, 0), (2, 0), (3, 1)]
     assert best_row(rows[:2], [7, 7], dense)[0].number == 1  # the one that was used longest ago
+
+
+# ---- drafts --------------------------------------------------------------------------------------------------------
+
+
+class Oracle:
+    """Drafts `right`, the true continuation, after every token that is not the first."""
+
+    layers: tuple[int, ...] = ()
+
+    def __init__(self, text: list[int], wrong_every: int = 0):
+        self.text, self.wrong_every, self.length, self.rounds = text, wrong_every, 0, 0
+
+    def start(self, first: int) -> None:
+        self.length = 1
+
+    def extend(self, tokens: list[int], features: np.ndarray) -> None:
+        self.length += len(tokens)
+
+    def propose(self, most: int) -> Draft:
+        self.rounds += 1
+        guess = self.text[self.length : self.length + min(most, 3)]
+        if self.wrong_every and self.rounds % self.wrong_every == 0:
+            guess = [(token + 1) % 4096 for token in guess]
+        return Draft.chain(guess)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_k": 20, "repetition_penalty": 1.2, "seed": 9}])
+def test_drafts_change_the_speed_and_not_the_text(name: str, sampling: dict) -> None:
+    prompt = PROMPTS[4]  # 23 tokens: the text crosses both borders
+    plain = torch_engine(MODELS[name], TOKENIZER).generate(prompt, 24, **sampling)
+    for wrong_every, gain in ((0, 2.0), (2, 1.3)):
+        drafter = Oracle([*prompt, *plain.tokens], wrong_every)
+        engine = torch_engine(MODELS[name], TOKENIZER, draft=drafter, batch=2, chunk_length=7)
+        neighbour = engine.generate(PROMPTS[0], 30, stream=True, seed=1)  # takes the drafter first, and loses it
+        alone = engine.generate(prompt, 24, **sampling)
+        assert alone.tokens == plain.tokens
+        neighbour.close()
+        engine.step()
+        fast = engine.generate(prompt, 24, **sampling)
+        assert fast.tokens == plain.tokens
+        assert fast.statistics.acceptance_length > gain
+        assert [len(row.tokens) for row in engine._scheduler.rows] == [engine.executor.length(row) for row in (0, 1)]
+    stop = TOKENIZER.decode(plain.tokens[3:5])
+    engine = torch_engine(MODELS[name], TOKENIZER, draft=Oracle([*prompt, *plain.tokens]))
+    cut = engine.generate(prompt, 24, stop=stop, **sampling)
+    assert cut.text == plain.text[: plain.text.find(stop)]
 
 
 # ---- seeds ---------------------------------------------------------------------------------------------------------

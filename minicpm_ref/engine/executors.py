@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 
 import torch
 
+from minicpm_ref import backend
 from minicpm_ref.engine.executor import Executor
 from minicpm_ref.engine.torch_executor import TorchExecutor
 from minicpm_ref.lowbit import TernaryLinear
@@ -26,6 +28,8 @@ EXECUTORS = ("auto", "torch", "compiled")
 def obstacle(model: MiniCPM, max_length: int, weights: str = "auto") -> str | None:
     """Why the compiled executor cannot run this model, or None if it can."""
     sparse = model.config.sparse_config
+    if os.environ.get(backend.ENVIRONMENT, "auto").lower() == "torch":
+        return f"{backend.ENVIRONMENT} = torch"
     if model.device.type != "cpu":
         return f"the weights are on {model.device}"
     if any(importlib.util.find_spec(name) is None for name in ("numba", "minicpm_kernels")):

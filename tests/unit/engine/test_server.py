@@ -317,7 +317,7 @@ def test_models_and_the_clients_exceptions() -> None:
             assert httpx.get(f"{address}/health", headers=headers).status_code == 200
             assert httpx.get(address, headers=headers).status_code == 200
             assert httpx.options(f"{address}/v1/models", headers=headers).status_code == 405
-        right = {"Authorization": "bearer   secret "}
+        right = {"Authorization": "bearer   secret"}
         assert httpx.get(f"{address}/v1/models", headers=right).status_code == 200
         foreign = httpx.get(f"{address}/v1/models", headers=right | {"Origin": "https://evil.example"})
         assert foreign.status_code == 403

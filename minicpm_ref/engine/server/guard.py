@@ -19,10 +19,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from minicpm_ref.engine.server.errors import ApiError
 
 
-class _TooLarge(Exception):
-    pass
-
-
 class Guard:
     """ASGI middleware. `api_key` None asks for no key; `max_body` in bytes."""
 
@@ -38,27 +34,17 @@ class Guard:
         if refusal is not None:
             await refusal.response()(scope, receive, send)
             return
-        seen, started = 0, False
+        seen = 0
 
         async def counted() -> Message:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self._most:
-                raise _TooLarge
+                raise self._too_large()  # in the route that reads the body, where refusals become answers
             return message
 
-        async def watched(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            await self._app(scope, counted, watched)
-        except _TooLarge:
-            if started:  # the body came after the answer had begun: nothing can be said any more
-                raise
-            await self._too_large().response()(scope, receive, send)
+        await self._app(scope, counted, send)
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self._most} bytes", code="request_too_large")

@@ -62,7 +62,7 @@ class DistillationRecipe(TernaryRecipe):
 RECIPE = DistillationRecipe(
     name="ternary",
     config=CONFIG,
-    tokens=2_870_000,
+    tokens=2_458_000,
     batch_tokens=8192,
     lr=0.003,
     matrix_lr=0.006,

@@ -150,7 +150,7 @@ def measure(
     distances: Sequence[int] = DISTANCES,
     budgets: Sequence[int] = BUDGETS,
     pieces: int = 16,
-    samples: int = 64,
+    samples: int = 32,
     report: Callable[[str], None] = print,
 ) -> Record:
     """Measure everything above and write figures/data/sparse_quality.json; parts already there are kept."""

@@ -17,6 +17,7 @@ from minicpm_ref import sparse as reference
 from minicpm_ref.cases.sparse import SELECT_BLOCKS, SMALL, SPARSE_ATTENTION, SelectBlocksCase
 from minicpm_ref.config import SparseConfig
 from minicpm_ref.sparse import block_scores, compress, pick_blocks, select_blocks, sparse_attention
+from minicpm_ref.sparse import blocks as stage_1
 
 BY_NAME = {case.name: case for case in SELECT_BLOCKS}
 SMALL_STAGE_2 = [case for case in SPARSE_ATTENTION if not case.big]
@@ -137,8 +138,8 @@ def test_internal_chunks_have_no_seams(monkeypatch):
     q, k, v = case.inputs(torch.float64)
     blocks = select_blocks(q, k, case.config, *case.placement())
     out = sparse_attention(q, k, v, blocks, case.config, *case.placement())
-    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 7 * case.batch * case.query_heads * case.keys)
-    assert [(c.start, c.stop) for c in reference._chunks(16, case.batch * case.query_heads * case.keys)] == [
+    monkeypatch.setattr(stage_1, "CHUNK_ELEMENTS", 7 * case.batch * case.query_heads * case.keys)
+    assert [(c.start, c.stop) for c in stage_1.query_chunks(16, case.batch * case.query_heads * case.keys)] == [
         (0, 7),
         (7, 14),
         (14, 16),
@@ -266,7 +267,7 @@ def test_gradients_of_recomputed_chunks(monkeypatch):
     inputs = [x.requires_grad_() for x in case.inputs(torch.float64)]
     rest = case.build()[3:]
     one = torch.autograd.grad(sparse_attention(*inputs, *rest).square().sum(), inputs)
-    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 11 * case.query_heads * case.keys)
+    monkeypatch.setattr(stage_1, "CHUNK_ELEMENTS", 11 * case.query_heads * case.keys)
     many = torch.autograd.grad(sparse_attention(*inputs, *rest).square().sum(), inputs)
     for got, want in zip(many, one, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)

@@ -88,8 +88,10 @@ def generate(
     """Continue a text and stream it to the terminal. A prompt that does not fit the model's context loses its
     beginning, a conversation is refused; writing ends where the context does."""
     from minicpm_ref.engine import Engine
+    from minicpm_ref.sampling import SamplingParams
 
     text = read_prompt(prompt, prompt_file, escapes)
+    SamplingParams(temperature, top_k, top_p)  # a wrong number is named before anything is loaded
     engine = Engine(weights, device=device, variant=variant, progress=report)
     room = engine.max_length - min(max_new_tokens, engine.max_length // 2)  # for the prompt
     if chat:

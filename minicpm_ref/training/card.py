@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minicpm_ref.checkpoint import EMBEDDED, resolve, sha256_file, variant_folder, variants
+from minicpm_ref import checkpoint
+from minicpm_ref.checkpoint import resolve, sha256_file, variant_folder, variants
 from minicpm_ref.data import Corpus
 from minicpm_ref.evaluate import quality_by_group
 from minicpm_ref.machine import machine
@@ -61,7 +62,7 @@ def training_card(
 
 def parent_folder(parent: str) -> Path:
     """Where the weights of a parent are: those of an embedded variant, of the embedded stable phase, or a folder."""
-    return EMBEDDED / parent if parent in (*variants(), "stable") else resolve(parent)
+    return checkpoint.EMBEDDED / parent if parent in (*variants(), "stable") else resolve(parent)
 
 
 def parent_record(parent: str | None) -> dict[str, str] | None:
@@ -79,7 +80,7 @@ def check_chain() -> None:
     """Raise ValueError naming the first embedded variant that does not descend from the embedded base or from its
     stable phase as they are now."""
     origins = {
-        name: sha256_file(EMBEDDED / name / file)
+        name: sha256_file(checkpoint.EMBEDDED / name / file)
         for name, file in (("base", "model.safetensors"), ("stable", "state.safetensors"))
     }
     for name in variants():

@@ -404,7 +404,10 @@ class Trainer:
 
 
 def complete(model: MiniCPM, tokenizer: Tokenizer, prompt: str, tokens: int = 60) -> str:
-    """`prompt` and a seeded completion of it."""
+    """`prompt` and a seeded completion of it, as long as the model's context allows."""
     ids = torch.tensor([tokenizer.encode(prompt)], device=model.device)
+    tokens = min(tokens, model.config.max_position_embeddings - ids.shape[1])
+    if tokens < 1:
+        return prompt
     params = SamplingParams(temperature=0.6, top_k=40, seed=0)
     return prompt + tokenizer.decode(list(generate(model, ids, tokens, params, stop_ids=tokenizer.eos_ids)))

@@ -333,6 +333,8 @@ def test_a_variant_of_another_base_is_refused(tmp_path, monkeypatch) -> None:
         digest = checkpoint.sha256_file(folder / "model.safetensors")
         parent = None if name == "base" else {"name": "base", "weights_sha256": digest}
         (folder / "card.json").write_text(json.dumps({"weights_sha256": digest, "parent": parent}))
+    (tmp_path / "stable").mkdir()
+    (tmp_path / "stable" / "state.safetensors").write_bytes(b"the state of a run")
     monkeypatch.setattr(checkpoint, "EMBEDDED", tmp_path)
     assert variants() == ["base", "sparse"]
     check_chain()

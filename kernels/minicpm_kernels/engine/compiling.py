@@ -76,7 +76,7 @@ def _compile(name: str, function: Callable[..., Any], build: Callable[..., Any])
             raise
         compiled = build(function, False)
     seconds = time.perf_counter() - start
-    for listener in _listeners:
+    for listener in _listeners if seconds > 1 else ():  # what was kept on disk is there at once, and no news
         listener(f"{name}: ready after {seconds:.1f} s")
     return compiled
 

@@ -23,7 +23,7 @@ from minicpm_ref.training.recipes.sparse import SparseRecipe
 from minicpm_ref.training.recipes.ternary import DistillationRecipe
 from minicpm_ref.training.recipes.ternary_qat import TernaryRecipe
 
-CONFIG = ModelConfig(480, 64, 2, 4, 1, 128, max_position_embeddings=64)
+CONFIG = ModelConfig(480, 64, 2, 4, 1, 128, max_position_embeddings=256)
 SETTINGS = {"tokens": 12 * 256, "context": 32, "batch_tokens": 256, "warmup_tokens": 256, "precision": "float32"}
 
 

@@ -24,7 +24,7 @@ from minicpm_ref.training import trainer as trainer_module
 from minicpm_ref.training.optimizers import Muon, build_optimizers, orthogonalize, wsd_factor
 from minicpm_ref.training.recipes import get_recipe, recipe_names
 
-CONFIG = ModelConfig(480, 64, 2, 4, 1, 96, max_position_embeddings=64)
+CONFIG = ModelConfig(480, 64, 2, 4, 1, 96, max_position_embeddings=256)
 RECIPE = Recipe("tiny", CONFIG, tokens=24 * 128, context=32, batch_tokens=128, warmup_tokens=128, precision="float32")
 
 

@@ -182,7 +182,7 @@ def test_gradients_reach_through_all_steps_and_only_the_head(target: MiniCPM, he
 
 # ---- texts and runs --------------------------------------------------------------------------------------------------
 
-SMALL = ModelConfig(480, 64, 2, 4, 1, 128, max_position_embeddings=64)
+SMALL = ModelConfig(480, 64, 2, 4, 1, 128, max_position_embeddings=256)
 RUN = {"context": 32, "batch_tokens": 128, "precision": "float32", "rows": 24, "held_rows": 8, "prompt": 8,
        "layers": (0, 1, 2), "draft_vocab_size": 64, "unrolled": 3, "warmup_tokens": 128, "lr": 0.01,
        "shallow_share": 0.5}  # fmt: skip

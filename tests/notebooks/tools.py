@@ -78,13 +78,14 @@ def definitions(cell: Cell) -> list[ast.FunctionDef | ast.ClassDef]:
 def public_functions() -> dict[str, list[str]]:
     """Function name -> the public modules of `minicpm_ref` that define it at top level, found without importing them.
 
-    The case tables and the exercise checkers are not part of what the notebooks derive, so they are left out.
+    The case tables, the exercise checkers and the commands of the command line are not part of what the notebooks
+    derive, so they are left out.
     """
     found: dict[str, list[str]] = {}
     package = ROOT / "minicpm_ref"
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).with_suffix("").parts
-        if parts[0] in ("cases", "exercises") or any(part.startswith("_") for part in parts):
+        if parts[0] in ("cases", "exercises", "cli") or parts[-1] == "commands" or any(part.startswith("_") for part in parts):
             continue
         module = ".".join(("minicpm_ref", *parts))
         for node in ast.parse(path.read_text(encoding="utf-8")).body:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from minicpm_ref.data import Corpus
-from minicpm_ref.training import Recipe, keep_freed_memory
+from minicpm_ref.training import Recipe, Trainer, keep_freed_memory
 from minicpm_ref.training.recipes import get_recipe, get_trainer
 
 
@@ -24,4 +24,5 @@ def run(
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device == "cpu":
         keep_freed_memory()  # this process trains and ends
-    get_trainer(name)(recipe, Corpus(corpus), folder, device, sharding).run()
+    trainer: type[Trainer] = get_trainer(name)
+    trainer(recipe, Corpus(corpus), folder, device, sharding).run()

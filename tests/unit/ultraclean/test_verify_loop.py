@@ -6,7 +6,7 @@ import json
 import random
 import signal
 import time
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +158,6 @@ def test_a_round_that_does_not_verify_is_rolled_back(
     assert len(set(hashes)) == 4, "a rolled-back round is followed by another draw"
 
 
-@pytest.mark.skipif(
-    "fork" not in get_all_start_methods() or torch.cuda.is_available(),
-    reason="needs a cheap copy of this process, which torch allows only where it has no device threads",
-)
 def test_killed_and_called_again_it_gives_the_same(
     pools: tuple[Path, Path], default: Corpus, parent: Path, looped: Path, tmp_path: Path
 ) -> None:
@@ -169,7 +165,7 @@ def test_killed_and_called_again_it_gives_the_same(
     arguments = ([pools[0]], [pools[1]], default, out, settings(parent))
     marks = [out / "round_1" / "filter.json", out / "round_2" / "classifier" / "model.bin"]
     for mark in marks:
-        process = get_context("fork").Process(target=run_loop, args=arguments)
+        process = get_context("spawn").Process(target=run_loop, args=arguments)
         process.start()
         while process.is_alive() and not mark.exists():
             time.sleep(0.001)

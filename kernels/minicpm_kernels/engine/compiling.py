@@ -31,6 +31,7 @@ from minicpm_kernels.engine.llvm import I64
 Progress = Callable[[str], None]
 NEVER_COMPILED = ("__init__.py", "decoder.py", "weights.py")
 OPTIONS = {"error_model": "numpy", "nogil": True}
+WORTH_SAYING = 1.0  # seconds: what was kept on disk is there at once, and no news
 _listeners: list[Progress] = []
 
 
@@ -76,7 +77,7 @@ def _compile(name: str, function: Callable[..., Any], build: Callable[..., Any])
             raise
         compiled = build(function, False)
     seconds = time.perf_counter() - start
-    for listener in _listeners if seconds > 1 else ():  # what was kept on disk is there at once, and no news
+    for listener in _listeners if seconds >= WORTH_SAYING else ():
         listener(f"{name}: ready after {seconds:.1f} s")
     return compiled
 

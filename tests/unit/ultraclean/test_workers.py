@@ -35,8 +35,10 @@ def misbehave(number: int) -> int:
     return number * number
 
 
+# a shell that starts a command in the background lets it ignore Ctrl-C, and so would everything below it
 SCRIPT = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_workers import misbehave
 from minicpm_ref.ultraclean.workers import run_shards
